@@ -1,0 +1,1 @@
+"""Checkpoint folders: staged, flushed, published by one rename."""

@@ -1,0 +1,1 @@
+"""The command line: flags in, a run out. Nothing imports this package."""

@@ -1,0 +1,1 @@
+"""Every user-facing setting as a frozen dataclass; standard library only."""

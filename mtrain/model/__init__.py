@@ -1,0 +1,1 @@
+"""A Hugging Face config becomes a Megatron-Core GPT model."""

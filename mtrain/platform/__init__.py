@@ -1,0 +1,1 @@
+"""What differs between machines with and without a GPU, in one place."""
