@@ -1,0 +1,246 @@
+"""The parallel layout: who holds what, first as arithmetic, then as process groups.
+
+`ParallelLayout` is plain numbers and answers for any rank without torch, so that plans, checks and
+memory estimates work offline. `initialize_parallel` makes the process groups of Megatron-Core that
+agree with it and returns one frozen `ParallelState`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coordinates:
+    """Where one rank stands on each parallel axis."""
+
+    tp_rank: int
+    cp_rank: int
+    dp_rank: int
+    pp_rank: int
+    etp_rank: int
+    ep_rank: int
+    edp_rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelLayout:
+    """Sizes of the parallel axes.
+
+    Attributes:
+        world_size: Number of ranks.
+        tp_size: Tensor parallel size.
+        pp_size: Pipeline stages.
+        vpp_size: Model chunks a pipeline stage holds; None without virtual stages.
+        ep_size: Expert parallel size.
+        etp_size: Tensor parallel size inside an expert.
+        cp_size: Context parallel size.
+        num_layers_in_first_stage: Layers of the first pipeline stage; None for an even split.
+        num_layers_in_last_stage: The same for the last stage.
+    """
+
+    world_size: int = 1
+    tp_size: int = 1
+    pp_size: int = 1
+    vpp_size: int | None = None
+    ep_size: int = 1
+    etp_size: int = 1
+    cp_size: int = 1
+    num_layers_in_first_stage: int | None = None
+    num_layers_in_last_stage: int | None = None
+
+    def __post_init__(self) -> None:
+        dense = self.tp_size * self.cp_size * self.pp_size
+        expert = self.etp_size * self.ep_size * self.pp_size
+        if self.world_size % dense:
+            raise ValueError(
+                f"{self.world_size} ranks cannot be divided by tensor x context x pipeline "
+                f"parallel size {self.tp_size} x {self.cp_size} x {self.pp_size} = {dense}"
+            )
+        if self.world_size % expert:
+            raise ValueError(
+                f"{self.world_size} ranks cannot be divided by expert tensor x expert x pipeline "
+                f"parallel size {self.etp_size} x {self.ep_size} x {self.pp_size} = {expert}"
+            )
+        if self.vpp_size is not None and self.pp_size == 1:
+            raise ValueError(
+                f"virtual pipeline size {self.vpp_size} needs a pipeline parallel size above 1"
+            )
+
+    @property
+    def dp_size(self) -> int:
+        """Data parallel size of the dense parameters."""
+        return self.world_size // (self.tp_size * self.cp_size * self.pp_size)
+
+    @property
+    def edp_size(self) -> int:
+        """Data parallel size of the experts."""
+        return self.world_size // (self.etp_size * self.ep_size * self.pp_size)
+
+    @property
+    def num_chunks(self) -> int:
+        """Model chunks on one rank."""
+        return self.vpp_size or 1
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Coordinates of a rank.
+
+        Source: Megatron-Core's rank order "tp-cp-ep-dp-pp", the leftmost axis varying fastest; its
+        expert groups use the same order with expert sizes and no context axis.
+        """
+        tp_rank, rest = rank % self.tp_size, rank // self.tp_size
+        cp_rank, rest = rest % self.cp_size, rest // self.cp_size
+        dp_rank, pp_rank = rest % self.dp_size, rest // self.dp_size
+        etp_rank, rest = rank % self.etp_size, rank // self.etp_size
+        ep_rank, rest = rest % self.ep_size, rest // self.ep_size
+        return Coordinates(
+            tp_rank=tp_rank,
+            cp_rank=cp_rank,
+            dp_rank=dp_rank,
+            pp_rank=pp_rank,
+            etp_rank=etp_rank,
+            ep_rank=ep_rank,
+            edp_rank=rest % self.edp_size,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessGroups:
+    """The process groups of this rank, made by Megatron-Core."""
+
+    world: ProcessGroup
+    tp: ProcessGroup
+    pp: ProcessGroup
+    dp: ProcessGroup
+    ep: ProcessGroup
+    etp: ProcessGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelState:
+    """This rank in a layout, with its device and process groups.
+
+    Attributes:
+        layout: Sizes of the axes.
+        rank: Global rank.
+        coordinates: This rank on each axis.
+        device: The device to train on.
+        groups: Process groups.
+    """
+
+    layout: ParallelLayout
+    rank: int
+    coordinates: Coordinates
+    device: torch.device
+    groups: ProcessGroups
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this is global rank 0."""
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the last pipeline stage, which has the loss."""
+        return self.coordinates.pp_rank == self.layout.pp_size - 1
+
+
+def initialize_parallel(
+    layout: ParallelLayout,
+    *,
+    rank: int = 0,
+    local_rank: int = 0,
+    seed: int = 42,
+    timeout_seconds: int = 600,
+    store_file: Path | None = None,
+) -> ParallelState:
+    """Joins the process group and builds Megatron-Core's groups for a layout.
+
+    Args:
+        layout: Sizes of the axes; `layout.world_size` processes must call this.
+        rank: Global rank of this process.
+        local_rank: Its rank on this machine, which picks the GPU.
+        seed: Seed of the random states; Megatron-Core derives one for each tensor-parallel rank.
+        timeout_seconds: How long a collective may wait for a rank.
+        store_file: Rendezvous file; without it MASTER_ADDR and MASTER_PORT of the environment
+            are used, or nothing at all for a single process.
+
+    Raises:
+        RuntimeError: The ranks did not meet in time.
+    """
+    import torch.distributed as dist
+
+    from mtrain.platform.device import collective_backend, prepare_megatron, training_device
+
+    prepare_megatron()
+    device = training_device(local_rank)
+    store = None
+    if store_file is not None:
+        store = dist.FileStore(str(store_file), layout.world_size)
+    elif layout.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        store = dist.HashStore()
+    dist.init_process_group(
+        collective_backend(),
+        store=store,
+        init_method="env://" if store is None else None,
+        rank=rank,
+        world_size=layout.world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device if device.type == "cuda" else None,
+    )
+    _initialize_megatron(layout, seed=seed, timeout_seconds=timeout_seconds)
+    return ParallelState(
+        layout=layout,
+        rank=rank,
+        coordinates=layout.coordinates(rank),
+        device=device,
+        groups=_process_groups(),
+    )
+
+
+def _initialize_megatron(layout: ParallelLayout, *, seed: int, timeout_seconds: int) -> None:
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp_size,
+        pipeline_model_parallel_size=layout.pp_size,
+        virtual_pipeline_model_parallel_size=layout.vpp_size,
+        context_parallel_size=layout.cp_size,
+        expert_model_parallel_size=layout.ep_size,
+        expert_tensor_parallel_size=layout.etp_size,
+        distributed_timeout_minutes=max(1, timeout_seconds // 60),
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _process_groups() -> ProcessGroups:
+    import torch.distributed as dist
+    from megatron.core import parallel_state as mpu
+
+    return ProcessGroups(
+        world=dist.group.WORLD,
+        tp=mpu.get_tensor_model_parallel_group(),
+        pp=mpu.get_pipeline_model_parallel_group(),
+        dp=mpu.get_data_parallel_group(),
+        ep=mpu.get_expert_model_parallel_group(),
+        etp=mpu.get_expert_tensor_parallel_group(),
+    )
+
+
+def destroy_parallel() -> None:
+    """Leaves the process group; Megatron-Core's groups go with it."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,106 @@
+"""Which device this process trains on, and Megatron-Core made ready for it.
+
+Call `prepare_megatron()` before the first import of `megatron.core`; the packages that import it
+(`mtrain.model`, `mtrain.training`) do so in their `__init__`.
+"""
+
+import functools
+import logging
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from mtrain.platform import cpu
+
+# Dense bf16 peaks of the data sheets, in FLOP/s, by a part of the device name; the first that
+# matches counts, so longer names come first.
+_PEAK_BF16_FLOPS = (
+    ("GB200", 2.5e15),
+    ("B200", 2.25e15),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("H800", 989e12),
+    ("H20", 148e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """What the training log says about the device.
+
+    Attributes:
+        name: The device's name, "cpu" without a GPU.
+        peak_flops: Dense bf16 peak in FLOP/s, None where it is not known.
+    """
+
+    name: str
+    peak_flops: float | None
+
+
+def has_gpu() -> bool:
+    """Whether this process can use a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def training_device(local_rank: int) -> torch.device:
+    """The device of the process with this rank on its machine, made current."""
+    if not has_gpu():
+        return cpu.CPU
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def collective_backend() -> str:
+    """The `torch.distributed` backend for the device: nccl with a GPU, otherwise gloo."""
+    return "nccl" if has_gpu() else "gloo"
+
+
+def device_info() -> DeviceInfo:
+    """Name and known peak of the current device."""
+    if not has_gpu():
+        return DeviceInfo(name="cpu", peak_flops=None)
+    name = torch.cuda.get_device_name()
+    peak = next((flops for part, flops in _PEAK_BF16_FLOPS if part in name), None)
+    return DeviceInfo(name=name, peak_flops=peak)
+
+
+@functools.cache
+def prepare_megatron() -> None:
+    """Imports Megatron-Core quietly, with CPU stand-ins where there is no GPU.
+
+    Its warnings about missing apex and Transformer Engine say nothing to a user of mtrain: both
+    are optional here and the chosen backend is printed at start.
+    """
+    cpu.install_cpu_stand_ins()
+    for name in ("megatron.core", "megatron.core.utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if has_gpu():
+            import megatron.core.models.gpt
+        else:
+            with cpu.eager_fusions():
+                import megatron.core.models.gpt
+                import megatron.core.optimizer
+                import megatron.core.pipeline_parallel.schedules  # noqa: F401
+    cpu.mend_token_dispatch()
+
+
+@functools.cache
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine can be imported and used on this device."""
+    if not has_gpu():
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True
