@@ -1,0 +1,45 @@
+"""What is saved, where and how often.
+
+The one thing to know: a saved folder is a Hugging Face checkpoint. Optimizer and random state are
+not saved yet, so the flags about them accept only what that means.
+"""
+
+from dataclasses import dataclass
+
+from mtrain.config.fields import flag
+
+__all__ = ["CheckpointConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """The output folder and its checkpoints."""
+
+    output_dir: str | None = flag(
+        None, "Folder of runs; default: megatron_output/<name of the model>."
+    )
+    add_version: bool = flag(True, "Put every run in its own OUTPUT_DIR/vN-date-time folder.")
+    save_strategy: str = flag(
+        "steps", "Save every --save_steps, or after every epoch.", choices=("steps", "epoch")
+    )
+    save_steps: int = flag(500, "Steps between two checkpoints.", minimum=1)
+    save_total_limit: int | None = flag(None, "Checkpoints kept; default: all.", minimum=1)
+    save_safetensors: bool = flag(True, "Save Hugging Face safetensors.")
+    max_shard_size: str = flag("5GB", "Largest safetensors file, e.g. 5GB or 500MB.")
+    save_missing_weights: bool = flag(
+        False, "Copy weights of the source that mtrain does not train into the result."
+    )
+    create_checkpoint_symlink: bool = flag(False, "Link `last` and `best` to checkpoints.")
+    metric_for_best_model: str | None = flag(None, "Metric that decides which one is best.")
+    greater_is_better: bool | None = flag(None, "Whether a larger metric is better.")
+    async_save: bool = flag(False, "Go on training while a checkpoint is written.")
+
+    finetune: bool = flag(True, "Start at step 0 with the loaded weights.")
+    resume_from_checkpoint: str | None = flag(None, "Checkpoint to continue a run from.")
+    no_save_optim: bool = flag(True, "Do not save the optimizer.")
+    no_save_rng: bool = flag(True, "Do not save random state.")
+    no_load_optim: bool = flag(True, "Do not load the optimizer.")
+    no_load_rng: bool = flag(True, "Do not load random state.")
+    load_args: bool = flag(False, "Take flags from the args.json of the checkpoint.")
+    perform_initialization: bool = flag(False, "Initialise weights that are loaded afterwards.")
+    use_cpu_initialization: bool = flag(False, "Initialise weights on the CPU.")
