@@ -18,7 +18,7 @@ class MoEConfig:
     moe_router_load_balancing_type: tuple[str, ...] = flag(
         (),
         "Balance losses; default: aux_loss.",
-        choices=("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"),
+        choices=("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
     )
     moe_aux_loss_coeff: tuple[float, ...] = flag(
         (0.0,), "Weight of each balance loss; 0: measured, not trained on.", minimum=0

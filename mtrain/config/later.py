@@ -1,0 +1,146 @@
+"""What is parsed but not built yet, refused in one line instead of ignored.
+
+The one thing to know: building a feature means deleting its row (or widening its values) here.
+docs/flags.md lists this table and a test compares the two.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from mtrain.config.fields import section_fields
+from mtrain.config.run import ExportConfig, SftConfig
+
+__all__ = ["LATER", "Refusal", "refuse_later_features"]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One flag, the values that work today, and what to say about every other value."""
+
+    flag: str
+    accepted: tuple[Any, ...]
+    reason: str
+
+
+_OFF = (None, False)
+
+LATER: tuple[Refusal, ...] = (
+    Refusal("tuner_type", ("full",), "LoRA comes with a later release; use full"),
+    Refusal("adapters", ((),), "adapters come with a later release; drop it"),
+    Refusal("mcore_adapter", (None,), "adapters come with a later release; drop it"),
+    Refusal("modules_to_save", ((),), "adapters come with a later release; drop it"),
+    Refusal("merge_lora", _OFF, "adapters come with a later release; drop it"),
+    Refusal("mcore_model", (None,), "torch_dist comes with a later release; use --model"),
+    Refusal("freeze_llm", (False,), "multimodal models come with a later release; use false"),
+    Refusal("freeze_vit", (True,), "multimodal models come with a later release; use true"),
+    Refusal("freeze_aligner", (True,), "multimodal models come with a later release; use true"),
+    Refusal("vit_lr", (None,), "multimodal models come with a later release; drop it"),
+    Refusal("aligner_lr", (None,), "multimodal models come with a later release; drop it"),
+    Refusal("vit_gradient_checkpointing", _OFF, "multimodal models come with a later release"),
+    Refusal("language_model_only", (False,), "multimodal models come with a later release"),
+    Refusal("max_pixels", (None,), "multimodal models come with a later release; drop it"),
+    Refusal("task_type", (None, "causal_lm"), "only causal_lm is built"),
+    Refusal("fp8_format", (None,), "8-bit training comes with a later release; drop it"),
+    Refusal("fp8_param_gather", (False,), "8-bit training comes with a later release; use false"),
+    Refusal("fp4_format", (None,), "4-bit training is not built; drop it"),
+    Refusal("attention_softmax_in_fp32", (True,), "softmax is always computed in float32"),
+    Refusal("apply_query_key_layer_scaling", _OFF, "no supported model uses it; drop it"),
+    Refusal("mtp_num_layers", (None, 0), "multi-token prediction comes with a later release"),
+    Refusal("context_parallel_size", (1,), "context parallelism comes with a later release; use 1"),
+    Refusal("use_megatron_fsdp", (False,), "sharded parameters are not built; use false"),
+    Refusal("tp_comm_overlap", (False,), "this overlap is not built; use false"),
+    Refusal(
+        "pipeline_model_parallel_layout",
+        (None,),
+        "not built; use --decoder_first_pipeline_num_layers and --decoder_last_pipeline_num_layers",
+    ),
+    Refusal(
+        "account_for_embedding_in_pipeline_split",
+        (False,),
+        "not built; use --decoder_first_pipeline_num_layers",
+    ),
+    Refusal(
+        "account_for_loss_in_pipeline_split",
+        (False,),
+        "not built; use --decoder_last_pipeline_num_layers",
+    ),
+    Refusal("optimizer", ("adam",), "only adam is built"),
+    Refusal("optimizer_cpu_offload", (False,), "optimizer offload comes with a later release"),
+    Refusal("use_precision_aware_optimizer", (False,), "it comes with a later release; use false"),
+    Refusal("main_grads_dtype", ("fp32",), "it comes with a later release; use fp32"),
+    Refusal("main_params_dtype", ("fp32",), "it comes with a later release; use fp32"),
+    Refusal("exp_avg_dtype", ("fp32",), "it comes with a later release; use fp32"),
+    Refusal("exp_avg_sq_dtype", ("fp32",), "it comes with a later release; use fp32"),
+    Refusal("calculate_per_token_loss", (True,), "the loss is always averaged over tokens"),
+    Refusal("enable_dft_loss", (False,), "it comes with a later release; use false"),
+    Refusal("enable_channel_loss", (False,), "it comes with a later release; use false"),
+    Refusal(
+        "moe_token_dispatcher_type",
+        ("allgather", "alltoall"),
+        "flex comes with a later release; use alltoall",
+    ),
+    Refusal("moe_enable_deepep", (False,), "DeepEP comes with a later release; use false"),
+    Refusal("moe_grouped_gemm", (True,), "experts are always computed in one grouped product"),
+    Refusal(
+        "moe_layer_recompute",
+        (False,),
+        "use --recompute_granularity selective --recompute_modules moe",
+    ),
+    Refusal("streaming", (False,), "streaming comes with a later release; use false"),
+    Refusal("interleave_prob", ((),), "mixing comes with a later release; use #count"),
+    Refusal("cached_dataset", ((),), "it comes with a later release; --dataset is cached anyway"),
+    Refusal(
+        "cached_val_dataset", ((),), "it comes with a later release; --val_dataset is cached anyway"
+    ),
+    Refusal("mlp_padding_free", (False,), "use --padding_free true"),
+    Refusal("group_by_length", (False,), "it comes with a later release; use --packing true"),
+    Refusal("data_sharding", (False,), "rows are always shuffled over all ranks; use false"),
+    Refusal("template", (None,), "the tokenizer's own chat template is used; drop it"),
+    Refusal("template_backend", ("jinja",), "the tokenizer's own chat template is used; use jinja"),
+    Refusal("use_chat_template", (None, True), "training on raw text comes with a later release"),
+    Refusal("agent_template", (None,), "tool calls come with a later release; drop it"),
+    Refusal("loss_scale", ("default",), "other loss masks come with a later release; use default"),
+    Refusal("truncation_strategy", ("delete", "left", "right"), "use delete, left or right"),
+    Refusal("padding_side", ("right",), "rows are padded on the right"),
+    Refusal("response_prefix", (None,), "it comes with a later release; drop it"),
+    Refusal("add_non_thinking_prefix", (True,), "it comes with a later release; use true"),
+    Refusal("finetune", (True,), "resuming comes with a later release; use true"),
+    Refusal("resume_from_checkpoint", (None,), "resuming comes with a later release; drop it"),
+    Refusal("no_save_optim", (True,), "only weights are saved until resuming is built; use true"),
+    Refusal("no_save_rng", (True,), "only weights are saved until resuming is built; use true"),
+    Refusal("no_load_optim", (True,), "resuming comes with a later release; use true"),
+    Refusal("no_load_rng", (True,), "resuming comes with a later release; use true"),
+    Refusal("load_args", (False,), "use --config with the args.json"),
+    Refusal("async_save", (False,), "it comes with a later release; use false"),
+    Refusal("save_safetensors", (True,), "torch_dist comes with a later release; use true"),
+    Refusal("save_missing_weights", (False,), "checkpoints with surplus weights are refused"),
+    Refusal("create_checkpoint_symlink", (False,), "it comes with a later release; use false"),
+    Refusal("metric_for_best_model", (None,), "it comes with a later release; drop it"),
+    Refusal("greater_is_better", _OFF, "it comes with a later release; drop it"),
+    Refusal("perform_initialization", (False,), "weights are always loaded; use false"),
+    Refusal("use_cpu_initialization", (False,), "weights are always loaded; use false"),
+)
+
+
+def refuse_later_features(config: SftConfig | ExportConfig) -> None:
+    """Refuses values that ask for something that is not built yet.
+
+    Raises:
+        ValueError: Naming the flag, its value and what to do.
+    """
+    rows = {row.flag: row for row in LATER}
+    for part in dataclasses.fields(config):
+        for name, value, _ in section_fields(getattr(config, part.name)):
+            row = rows.get(name)
+            if row is not None and value not in row.accepted:
+                raise ValueError(f"--{name} {_spell(value)}: {row.reason}")
+
+
+def _spell(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return " ".join(str(item) for item in value)
+    return str(value)
