@@ -93,6 +93,13 @@ def _replace_streams() -> None:
     torch.Tensor.record_stream = lambda _tensor, _stream: None
 
 
+class _Generators:
+    """`torch.cuda.default_generators`: whatever the device, it is the CPU generator."""
+
+    def __getitem__(self, _device: object) -> torch.Generator:
+        return torch.default_generator
+
+
 def _replace_random_state() -> None:
     """The tensor-parallel RNG tracker (dropout, recompute) then forks the CPU generator."""
     for module in (torch.cuda, torch.cuda.random):
@@ -100,6 +107,7 @@ def _replace_random_state() -> None:
         module.set_rng_state = lambda state, device=None: torch.default_generator.set_state(state)
         module.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
         module.manual_seed_all = module.manual_seed
+    torch.cuda.default_generators = _Generators()
     # set_rng_state of the tracker defers to a queued call on CUDA; here it can run at once.
     torch.cuda._lazy_call = lambda call, **_kwargs: call()
 

@@ -1,0 +1,127 @@
+"""Causal attention over packed documents for the `torch` backend.
+
+The one thing to know: the layout stays `[seq, batch, heads, head_dim]` also when documents are
+packed (`qkv_format == "sbhd"` with `cu_seqlens_q` set). Rotary angles are picked for every token by
+its position before the layers run, so no layer has to cut the sequence into documents for them.
+"""
+
+import math
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class PackedAttention(MegatronModule):
+    """Grouped-query attention in which documents of a pack never see each other.
+
+    On CUDA in half precision it is torch's variable-length flash attention; elsewhere
+    `scaled_dot_product_attention`, one document after the other.
+
+    Args:
+        config: Model shape.
+        layer_number: Number of the layer, from 1; unused, part of Megatron-Core's interface.
+        attn_mask_type: Must be causal.
+        attention_type: Must be "self".
+        cp_comm_type: Unused; context parallelism is not built.
+        softmax_scale: Factor on the scores; 1/sqrt(head_dim) by default.
+        pg_collection: Unused; heads are local.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert attn_mask_type == AttnMaskType.causal
+        assert attention_type == "self"
+        assert config.attention_dropout == 0.0
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Attention output.
+
+        Args:
+            query: [seq, batch, heads, head_dim].
+            key: [seq, batch, groups, head_dim].
+            value: [seq, batch, groups, head_dim].
+            attention_mask: Must be None: causality and documents say it all.
+            attn_mask_type: Unused, the constructor's counts.
+            attention_bias: Must be None.
+            packed_seq_params: Document boundaries of a pack (batch 1), or None for rows that are
+                right-padded, which a causal mask already keeps apart from their padding.
+
+        Returns:
+            [seq, batch, heads * head_dim].
+        """
+        assert attention_mask is None
+        assert attention_bias is None
+        if packed_seq_params is None:
+            output = self._rows(query, key, value)
+        elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+            output = self._varlen(query, key, value, packed_seq_params)
+        else:
+            output = self._documents(query, key, value, packed_seq_params)
+        return output.reshape(query.shape[0], query.shape[1], -1)
+
+    def _rows(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Causal attention of every batch row on its own."""
+        heads_second = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        output = scaled_dot_product_attention(
+            *heads_second, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+        )
+        return output.permute(2, 0, 1, 3)
+
+    def _documents(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packed: PackedSeqParams,
+    ) -> torch.Tensor:
+        lengths = packed.cu_seqlens_q.diff().tolist()
+        documents = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
+        return torch.cat([self._rows(*document) for document in documents])
+
+    def _varlen(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packed: PackedSeqParams,
+    ) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        repeats = query.shape[2] // key.shape[2]
+        if repeats > 1:
+            key, value = (tensor.repeat_interleave(repeats, dim=2) for tensor in (key, value))
+        return varlen_attn(
+            query.squeeze(1),
+            key.squeeze(1),
+            value.squeeze(1),
+            packed.cu_seqlens_q,
+            packed.cu_seqlens_kv,
+            packed.max_seqlen_q,
+            packed.max_seqlen_kv,
+            scale=self.softmax_scale,
+            window_size=(-1, 0),
+        )

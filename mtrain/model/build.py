@@ -1,0 +1,215 @@
+"""From a Hugging Face config to the model chunks of this rank.
+
+The one thing to know: weights are allocated, not initialised. The bridge fills every one of them,
+or refuses the checkpoint.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.pipeline_parallel.utils import is_vp_first_stage, is_vp_last_stage
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mtrain.bridge.family import Family
+from mtrain.bridge.plan import padded_vocab_size
+from mtrain.config import ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
+from mtrain.model.backends import block_spec, spec_provider
+from mtrain.model.gpt import LanguageModel
+from mtrain.model.rope import rotary_frequencies
+from mtrain.parallel import ParallelLayout, ParallelState
+from mtrain.platform.device import has_gpu
+
+_ACTIVATIONS = {"silu": F.silu}
+
+
+def transformer_config(
+    family: Family,
+    hf_config: Mapping[str, Any],
+    layout: ParallelLayout,
+    *,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    moe: MoEConfig,
+    dtype: torch.dtype,
+    backend: str,
+    variable_seq_lengths: bool,
+) -> TransformerConfig:
+    """Megatron-Core's description of the model and of how to run it.
+
+    Args:
+        family: Translates the architecture.
+        hf_config: config.json of the checkpoint.
+        layout: Parallel sizes.
+        model: Fusions, attention kernel, `megatron_extra_kwargs`.
+        parallel: Communication settings.
+        training: Recomputation.
+        moe: Routing settings; they only count for models with experts.
+        dtype: Of weights and activations.
+        backend: "te" or "torch".
+        variable_seq_lengths: Whether micro-batches differ in length, so that pipeline stages have
+            to tell each other.
+
+    Raises:
+        ValueError: The family cannot express the config, or Megatron-Core refuses a combination.
+    """
+    fields: dict[str, Any] = dict(family.megatron_config(hf_config).transformer)
+    fields["activation_func"] = _ACTIVATIONS[fields.pop("activation")]
+    fields |= _precision(dtype)
+    fields |= _parallelism(layout, parallel, variable_seq_lengths=variable_seq_lengths)
+    fields |= _kernels(model, backend)
+    fields |= _recomputation(training)
+    if fields.get("num_moe_experts"):
+        fields |= _routing(moe)
+    fields |= model.megatron_extra_kwargs or {}
+    try:
+        return TransformerConfig(**fields)
+    except (AssertionError, TypeError) as error:
+        raise ValueError(f"Megatron-Core refuses this configuration: {error}") from error
+
+
+def _precision(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "perform_initialization": False,
+        "calculate_per_token_loss": True,
+    }
+
+
+def _parallelism(
+    layout: ParallelLayout, parallel: ParallelConfig, *, variable_seq_lengths: bool
+) -> dict[str, Any]:
+    has_virtual_stages = layout.vpp_size is not None
+    overlap_p2p = parallel.overlap_p2p_comm and has_virtual_stages and has_gpu()
+    return {
+        "tensor_model_parallel_size": layout.tp_size,
+        "pipeline_model_parallel_size": layout.pp_size,
+        "virtual_pipeline_model_parallel_size": layout.vpp_size,
+        "context_parallel_size": layout.cp_size,
+        "expert_model_parallel_size": layout.ep_size,
+        "expert_tensor_parallel_size": layout.etp_size,
+        "num_layers_in_first_pipeline_stage": layout.num_layers_in_first_stage,
+        "num_layers_in_last_pipeline_stage": layout.num_layers_in_last_stage,
+        "microbatch_group_size_per_vp_stage": parallel.microbatch_group_size_per_vp_stage,
+        "sequence_parallel": bool(parallel.sequence_parallel),
+        "variable_seq_lengths": variable_seq_lengths and layout.pp_size > 1,
+        "overlap_p2p_comm": overlap_p2p,
+        "batch_p2p_comm": not overlap_p2p,
+        "deallocate_pipeline_outputs": layout.pp_size > 1,
+    }
+
+
+def _kernels(model: ModelConfig, backend: str) -> dict[str, Any]:
+    return {
+        "attention_backend": AttnBackend[model.attention_backend],
+        "bias_activation_fusion": model.bias_activation_fusion,
+        "bias_dropout_fusion": model.bias_dropout_fusion,
+        # Transformer Engine's kernel takes packed sequences in one launch; without it Megatron-Core
+        # cuts the sequence into documents on the host, in every layer.
+        "apply_rope_fusion": backend == "te",
+        # Megatron-Core's own linears need apex for it; `fuse_weight_gradients` turns it on where
+        # Transformer Engine brings the kernel.
+        "gradient_accumulation_fusion": False,
+    }
+
+
+def _recomputation(training: TrainingConfig) -> dict[str, Any]:
+    granularity = training.recompute_granularity
+    if granularity == "none":
+        return {"recompute_granularity": None}
+    if granularity == "selective":
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(training.recompute_modules),
+        }
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": training.recompute_method or "uniform",
+        "recompute_num_layers": training.recompute_num_layers or 1,
+    }
+
+
+def _routing(moe: MoEConfig) -> dict[str, Any]:
+    balancing = list(moe.moe_router_load_balancing_type) or ["aux_loss"]
+    coefficients = list(moe.moe_aux_loss_coeff)
+    return {
+        "moe_router_load_balancing_type": balancing[0] if len(balancing) == 1 else balancing,
+        "moe_aux_loss_coeff": coefficients[0] if len(balancing) == 1 else coefficients,
+        "moe_z_loss_coeff": moe.moe_z_loss_coeff,
+        "moe_router_dtype": None if moe.moe_router_dtype == "none" else moe.moe_router_dtype,
+        "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
+        "moe_permute_fusion": moe.moe_permute_fusion and has_gpu(),
+        "moe_grouped_gemm": True,
+        "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
+        "moe_pad_expert_input_to_capacity": moe.moe_pad_expert_input_to_capacity,
+        "moe_token_drop_policy": moe.moe_token_drop_policy,
+    }
+
+
+def build_model(
+    family: Family,
+    hf_config: Mapping[str, Any],
+    config: TransformerConfig,
+    state: ParallelState,
+    *,
+    backend: str,
+) -> list[LanguageModel]:
+    """The model chunks of this rank: one, or one for each virtual pipeline stage.
+
+    Args:
+        family: Translates the architecture.
+        hf_config: config.json of the checkpoint.
+        config: From `transformer_config`.
+        state: This rank in the layout.
+        backend: "te" or "torch".
+
+    Returns:
+        Chunks on the device with uninitialised weights.
+    """
+    arguments = family.megatron_config(hf_config).gpt
+    provider = spec_provider(backend)
+    frequencies = rotary_frequencies(hf_config)
+    layout, pp_rank = state.layout, state.coordinates.pp_rank
+    chunks = []
+    for chunk in range(layout.num_chunks):
+        vp_stage = None if layout.vpp_size is None else chunk
+        is_first = pp_rank == 0 and is_vp_first_stage(chunk, layout.vpp_size)
+        is_last = state.is_last_stage and is_vp_last_stage(chunk, layout.vpp_size)
+        model = LanguageModel(
+            num_words=arguments.vocab_size,
+            packed_format=provider.packed_format,
+            config=config,
+            transformer_layer_spec=block_spec(config, provider, vp_stage=vp_stage),
+            vocab_size=padded_vocab_size(arguments.vocab_size, layout.tp_size),
+            max_sequence_length=arguments.max_position_embeddings,
+            pre_process=is_first,
+            post_process=is_last,
+            share_embeddings_and_output_weights=arguments.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=arguments.rotary_base,
+            vp_stage=vp_stage,
+        )
+        if frequencies is not None:
+            model.rotary_pos_emb.inv_freq = frequencies.to(state.device)
+        chunks.append(model)
+    return chunks
+
+
+def fuse_weight_gradients(chunks: list[LanguageModel]) -> None:
+    """Lets Transformer Engine's linears add weight gradients to the main gradient themselves.
+
+    Saves writing and reading every weight gradient once more. Call it for chunks that will be
+    wrapped for data-parallel training, which allocates the main gradients.
+    """
+    for chunk in chunks:
+        for module in chunk.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
