@@ -1,0 +1,212 @@
+"""Finds what `--dataset path-or-id[:subset][#count]` names and yields its rows.
+
+The one thing to know: a source is opened before it is read, because its fingerprint (a hash of the
+contents) is part of the cache key; a prepared dataset is then found again without reading rows.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from mtrain.data.formats import Conversation, read_conversations
+from mtrain.data.rows import SUFFIXES, BadRow, Place, Row, read_rows
+from mtrain.data.self_cognition import self_cognition_rows
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["Source", "SourceName", "conversations_of", "open_source", "sample_indices"]
+
+SELF_COGNITION = "swift/self-cognition"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceName:
+    """A parsed value of `--dataset`. `hub` is "hf", "ms" or None for a local path."""
+
+    path: str
+    hub: str | None
+    subset: str | None
+    count: int | None
+
+    @classmethod
+    def parse(cls, value: str, *, use_hf: bool) -> "SourceName":
+        """Split a value into path or id, subset and count.
+
+        A path that exists is taken as it is, colons and all.
+
+        Raises:
+            ValueError: It looks like a local file that is not there, or its form is wrong.
+        """
+        name, count = value, None
+        if not Path(name).expanduser().exists() and (match := re.search(r"#(\d+)$", value)):
+            name, count = value[: match.start()], int(match[1])
+            if count == 0:
+                raise ValueError(f"--dataset {value}: #count must be at least 1")
+        if Path(name).expanduser().exists():
+            return cls(str(Path(name).expanduser()), None, None, count)
+        hub = "hf" if use_hf else "ms"
+        if name.startswith(("hf::", "ms::")):
+            hub, name = name.split("::", 1)
+        name, _, subset = name.partition(":")
+        if name.endswith(SUFFIXES) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise ValueError(
+                f"--dataset {value}: no such file or folder, and not a hub id "
+                "(owner/name[:subset][#count])"
+            )
+        return cls(name, hub, subset or None, count)
+
+
+class Source(Protocol):
+    """Something opened, with parts (files) that each have one layout."""
+
+    def fingerprint(self) -> str:
+        """Changes whenever the rows change."""
+
+    def parts(self) -> Iterator[Iterator[Row | BadRow]]:
+        """Rows, file by file."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LocalFiles:
+    files: tuple[Path, ...]
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for path in self.files:
+            with path.open("rb") as file:
+                digest.update(path.suffix.lower().encode())
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+        return digest.hexdigest()
+
+    def parts(self) -> Iterator[Iterator[Row | BadRow]]:
+        return (read_rows(path) for path in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class _HubDataset:
+    name: SourceName
+    dataset: "datasets.Dataset"
+
+    def fingerprint(self) -> str:
+        # The public fingerprint of `datasets`: it follows the downloaded files, not the clock.
+        return f"{self.name.hub}:{self.name.path}:{self.name.subset}:{self.dataset._fingerprint}"
+
+    def parts(self) -> Iterator[Iterator[Row | BadRow]]:
+        yield (
+            Row(Place(self.name.path, number, "row"), dict(columns))
+            for number, columns in enumerate(self.dataset, start=1)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _SelfCognition:
+    names: tuple[str, ...]
+    authors: tuple[str, ...]
+
+    def fingerprint(self) -> str:
+        rows = list(self_cognition_rows(names=self.names, authors=self.authors))
+        return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+    def parts(self) -> Iterator[Iterator[Row | BadRow]]:
+        yield (
+            Row(Place(SELF_COGNITION, number, "row"), dict(columns))
+            for number, columns in enumerate(
+                self_cognition_rows(names=self.names, authors=self.authors), start=1
+            )
+        )
+
+
+def open_source(
+    name: SourceName,
+    *,
+    hub_token: str | None = None,
+    model_name: Sequence[str] = (),
+    model_author: Sequence[str] = (),
+) -> Source:
+    """Find the files of a source, downloading a hub dataset if it is not in the hub's cache.
+
+    Args:
+        name: What to open.
+        hub_token: Token for private datasets.
+        model_name: One name, or a Chinese and an English one, for swift/self-cognition.
+        model_author: Likewise, who made the model.
+
+    Raises:
+        ValueError: There is nothing to read at that place.
+        RuntimeError: The hub cannot be reached or refuses.
+    """
+    if name.path == SELF_COGNITION and name.hub is not None:
+        if not model_name or not model_author:
+            raise ValueError(
+                f"--dataset {SELF_COGNITION} needs --model_name and --model_author "
+                "(one value, or two: Chinese and English)"
+            )
+        return _SelfCognition(tuple(model_name), tuple(model_author))
+    if name.hub is not None:
+        return _HubDataset(name, _load_from_hub(name, hub_token=hub_token))
+    path = Path(name.path)
+    if path.is_file():
+        return _LocalFiles((path,))
+    files = tuple(
+        sorted(
+            found
+            for found in path.rglob("*")
+            if found.suffix.lower() in SUFFIXES and not found.name.startswith(".")
+        )
+    )
+    if not files:
+        raise ValueError(f"--dataset {path}: the folder holds no {', '.join(SUFFIXES)} file")
+    return _LocalFiles(files)
+
+
+def _load_from_hub(name: SourceName, *, hub_token: str | None) -> "datasets.Dataset":
+    import datasets
+    import httpx
+
+    try:
+        location = name.path
+        if name.hub == "ms":
+            from modelscope.hub.snapshot_download import dataset_snapshot_download
+
+            # ModelScope's dataset folders are laid out like Hugging Face's, so one reader serves
+            # both, and no script of the dataset is ever run.
+            location = dataset_snapshot_download(name.path, token=hub_token)
+        return datasets.load_dataset(
+            location,
+            name=name.subset,
+            split="train",
+            token=hub_token if name.hub == "hf" else None,
+        )
+    except (OSError, RuntimeError, ValueError, httpx.HTTPError) as error:
+        site = "Hugging Face" if name.hub == "hf" else "ModelScope"
+        reason = " ".join(str(error).split())
+        raise RuntimeError(
+            f"--dataset {name.path}: cannot load it from {site} ({reason}); check the id, the "
+            "network and --use_hf, or pass a local file"
+        ) from error
+
+
+def conversations_of(
+    source: Source, *, columns: Mapping[str, str] | None
+) -> Iterator[Conversation | BadRow]:
+    """All parts of a source, normalised, in order."""
+    for rows in source.parts():
+        yield from read_conversations(rows, columns=columns)
+
+
+def sample_indices(*, num_rows: int, count: int | None, seed: int) -> np.ndarray:
+    """Which rows `#count` takes, int64 [count], in file order.
+
+    More than there are: every row once per full cycle, the rest drawn without replacement.
+    """
+    if count is None or num_rows == 0:
+        return np.arange(num_rows)
+    cycles, rest = divmod(count, num_rows)
+    drawn = np.random.default_rng(seed).permutation(num_rows)[:rest]
+    return np.concatenate([*([np.arange(num_rows)] * cycles), np.sort(drawn)])
