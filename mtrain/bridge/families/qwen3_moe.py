@@ -1,0 +1,38 @@
+"""Qwen3 mixture of experts: Qwen3 attention, experts in all or in some layers, none shared.
+
+`router_aux_loss_coef` is no property of the weights and is not read: a balance loss is a choice of
+the run.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mtrain.bridge.families.decoder import Decoder, Experts, decoder_family, read_decoder
+from mtrain.bridge.hf_config import boolean, positive_int, refuse, refuse_sliding_window
+
+
+def _read(hf_config: Mapping[str, Any]) -> Decoder:
+    refuse(hf_config, "attention_bias", "biases of the attention output projection")
+    window = hf_config.get("sliding_window") if hf_config.get("use_sliding_window") else None
+    refuse_sliding_window(hf_config, window=window)
+    return read_decoder(hf_config, has_qk_norm=True, experts=_experts(hf_config))
+
+
+def _experts(hf_config: Mapping[str, Any]) -> Experts:
+    step = positive_int(hf_config, "decoder_sparse_step", 1)
+    dense = hf_config.get("mlp_only_layers") or ()
+    layers = tuple(
+        layer
+        for layer in range(positive_int(hf_config, "num_hidden_layers"))
+        if layer not in dense and (layer + 1) % step == 0
+    )
+    return Experts(
+        num_experts=positive_int(hf_config, "num_experts"),
+        ffn_hidden_size=positive_int(hf_config, "moe_intermediate_size"),
+        topk=positive_int(hf_config, "num_experts_per_tok"),
+        renormalises=boolean(hf_config, "norm_topk_prob", default=False),
+        layers=layers,
+    )
+
+
+QWEN3_MOE = decoder_family(name="Qwen3-MoE", model_types=("qwen3_moe",), read=_read)

@@ -1,0 +1,192 @@
+"""The vocabulary of a family's weight table: rules and layouts.
+
+A `Rule` ties one Megatron parameter to the Hugging Face tensors it is made of. Its layout says in
+which order their rows lie in a tensor-parallel shard. Every layout is a permutation, so the same
+rule loads and saves, and it is pure arithmetic: no torch here.
+
+A new layout is a frozen dataclass with the one method of `Layout`; nothing else has to know it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from mtrain.bridge.spans import Span, clip
+
+
+@dataclass(frozen=True, slots=True)
+class HFTensor:
+    """A Hugging Face tensor: its name, with `{layer}` and `{expert}` open, and its shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows that a shard takes from one source tensor."""
+
+    source: int
+    hf: Span
+    local: Span
+
+
+class Layout(Protocol):
+    """How the rows of the sources lie in a shard of the Megatron parameter."""
+
+    def shard(
+        self, num_rows: tuple[int, ...], *, num_shards: int, index: int
+    ) -> tuple[int, tuple[Rows, ...]]:
+        """Arranges one shard.
+
+        Args:
+            num_rows: Rows of every source.
+            num_shards: Shards that the parameter is split into along its rows.
+            index: Which of them.
+
+        Returns:
+            Rows of the shard and where they come from; rows from nowhere are padding (zeros).
+
+        Raises:
+            ValueError: The rows cannot be split that way.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Concatenated:
+    """Every source is split by itself; a shard is its parts one after the other.
+
+    One source is a plain copy. Gate and up projections are two: `[gate_r; up_r]`.
+    Source: Megatron-Core's `MLP`, which cuts the output of `linear_fc1` in half on every rank.
+    """
+
+    def shard(
+        self, num_rows: tuple[int, ...], *, num_shards: int, index: int
+    ) -> tuple[int, tuple[Rows, ...]]:
+        """See `Layout.shard`."""
+        rows: list[Rows] = []
+        end = 0
+        for source, total in enumerate(num_rows):
+            size = divided(total, num_shards)
+            rows.append(Rows(source, Span(index * size, size), Span(end, size)))
+            end += size
+        return end, tuple(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Interleaved:
+    """Group by group: the group's rows of every source; a shard is a contiguous part of that.
+
+    Query, key and value are stored as `q1 q2 k1 v1 | q3 q4 k2 v2 | ...`. The interleaved tensor
+    does not depend on the tensor-parallel size, and a shard need not begin at a head when there
+    are more shards than groups.
+    Source: Megatron-Core's `SelfAttention.get_query_key_value_tensors`.
+    """
+
+    num_groups: int
+
+    def shard(
+        self, num_rows: tuple[int, ...], *, num_shards: int, index: int
+    ) -> tuple[int, tuple[Rows, ...]]:
+        """See `Layout.shard`."""
+        sizes = [divided(total, self.num_groups) for total in num_rows]
+        size, group_size = divided(sum(num_rows), num_shards), sum(sizes)
+        first = index * size
+        rows: list[Rows] = []
+        for source, source_size in enumerate(sizes):
+            fused = Span(sum(sizes[:source]), source_size, self.num_groups, group_size)
+            hf = Span(0, source_size, self.num_groups, source_size)
+            rows += [
+                Rows(source, theirs, ours.shifted(-first))
+                for ours, theirs in clip(fused, hf, start=first, stop=first + size)
+            ]
+        return size, tuple(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """One source, rows of zeros added until the shards are equal.
+
+    Used for the vocabulary; no more rows are added than tensor parallelism needs.
+    """
+
+    def shard(
+        self, num_rows: tuple[int, ...], *, num_shards: int, index: int
+    ) -> tuple[int, tuple[Rows, ...]]:
+        """See `Layout.shard`."""
+        (total,) = num_rows
+        size = -(-total // num_shards)
+        num_real = min(size, total - index * size)
+        if num_real <= 0:
+            return size, ()
+        return size, (Rows(0, Span(index * size, num_real), Span(0, num_real)),)
+
+
+def divided(number: int, parts: int) -> int:
+    """Divides exactly.
+
+    Raises:
+        ValueError: There is a remainder.
+    """
+    if number % parts:
+        raise ValueError(f"{number} rows or columns cannot be split into {parts} equal parts")
+    return number // parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One Megatron parameter, or one a layer, and the Hugging Face tensors it is made of.
+
+    Attributes:
+        megatron: Name in a model of Transformer Engine layers, with `{layer}` open.
+        plain: Name where it differs in a model of plain layers (norms that are not fused).
+        hf: The source tensors, in the order that the layout expects.
+        layout: Order of their rows in a shard.
+        split: Axis that tensor parallelism splits; None where every rank holds all of it. Experts
+            are split over the expert tensor parallel group, all else over the tensor parallel one.
+        place: Pipeline stages that hold it.
+        layers: Layers that have it (counted over the whole model); for `place` "layers" only.
+        num_experts: Experts that the parameter stacks on its leading axis, each from its own
+            Hugging Face tensors; None where there are none.
+        is_duplicate: A second holder of tensors that another rule owns: loaded, never saved.
+    """
+
+    megatron: str
+    hf: tuple[HFTensor, ...]
+    plain: str | None = None
+    layout: Layout = Concatenated()
+    split: Literal["rows", "columns"] | None = None
+    place: Literal["first", "layers", "last"] = "layers"
+    layers: tuple[int, ...] = ()
+    num_experts: int | None = None
+    is_duplicate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class IgnoredKey:
+    """Hugging Face tensors that are left out on purpose.
+
+    Attributes:
+        pattern: Regular expression for the full name.
+        reason: Why nothing is lost, for the user.
+    """
+
+    pattern: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightTable:
+    """All weights of one model.
+
+    Attributes:
+        num_layers: Decoder layers.
+        rules: One for each kind of Megatron parameter.
+        ignored: What a checkpoint may hold besides.
+    """
+
+    num_layers: int
+    rules: tuple[Rule, ...]
+    ignored: tuple[IgnoredKey, ...] = ()
