@@ -4,11 +4,27 @@ The one thing to know: a saved folder is a Hugging Face checkpoint. Optimizer an
 not saved yet, so the flags about them accept only what that means.
 """
 
+import re
 from dataclasses import dataclass
 
 from mtrain.config.fields import flag
 
-__all__ = ["CheckpointConfig"]
+__all__ = ["CheckpointConfig", "parse_byte_size"]
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_byte_size(text: str) -> int:
+    """Bytes in a size such as 5GB (10^9, as Hugging Face counts), 500MB or 2GiB (2^30).
+
+    Raises:
+        ValueError: Not a size, or zero.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip(), flags=re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    if size < 1:
+        raise ValueError(f"{text}: must be a size such as 5GB or 500MB")
+    return size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,3 +59,8 @@ class CheckpointConfig:
     load_args: bool = flag(False, "Take flags from the args.json of the checkpoint.")
     perform_initialization: bool = flag(False, "Initialise weights that are loaded afterwards.")
     use_cpu_initialization: bool = flag(False, "Initialise weights on the CPU.")
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes; ValueError when it is not a size."""
+        return parse_byte_size(self.max_shard_size)

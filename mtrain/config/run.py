@@ -75,12 +75,13 @@ def resolve_sft(config: SftConfig) -> SftConfig:
     Afterwards `optimizer.lr`, `training.eval_steps`, `checkpoint.output_dir`,
     `parallel.sequence_parallel` and `tuner.merge_lora` are never None; `sequence_parallel` is False
     with one tensor-parallel rank (there is nothing to split over); `train_iters` given clears
-    `num_train_epochs`; `packing` implies `padding_free`.
+    `num_train_epochs`; `packing` implies `padding_free`, and `template.max_length` and
+    `data.packing_length` stand in for each other; full recomputation has a method and a number.
 
     Raises:
         ValueError: `bf16`, `fp16` and `torch_dtype` contradict each other.
     """
-    training, optimizer, data = config.training, config.optimizer, config.data
+    optimizer = config.optimizer
     lr = optimizer.lr
     if lr is None:
         lr = FULL_LR if config.tuner.tuner_type == "full" else LORA_LR
@@ -89,13 +90,10 @@ def resolve_sft(config: SftConfig) -> SftConfig:
         config,
         model=_resolve_dtype(config.model),
         tuner=replace(config.tuner, merge_lora=bool(config.tuner.merge_lora)),
-        data=replace(data, padding_free=data.padding_free or data.packing),
+        data=_resolve_packing(config.data, config.template),
+        template=_resolve_max_length(config.template, config.data),
         optimizer=replace(optimizer, lr=lr),
-        training=replace(
-            training,
-            eval_steps=training.eval_steps or config.checkpoint.save_steps,
-            num_train_epochs=None if training.train_iters else training.num_train_epochs,
-        ),
+        training=_resolve_training(config.training, save_steps=config.checkpoint.save_steps),
         parallel=_resolve_sequence_parallel(config.parallel),
         checkpoint=_resolve_output_dir(config.checkpoint, config.model),
     )
@@ -125,6 +123,32 @@ def _resolve_dtype(model: ModelConfig) -> ModelConfig:
         if switch:
             wanted = dtype
     return dataclasses.replace(model, torch_dtype=wanted)
+
+
+def _resolve_packing(data: DataConfig, template: TemplateConfig) -> DataConfig:
+    if not data.packing:
+        return data
+    length = data.packing_length or template.max_length
+    return dataclasses.replace(data, padding_free=True, packing_length=length)
+
+
+def _resolve_max_length(template: TemplateConfig, data: DataConfig) -> TemplateConfig:
+    if template.max_length is not None or not data.packing:
+        return template
+    return dataclasses.replace(template, max_length=data.packing_length)
+
+
+def _resolve_training(training: TrainingConfig, *, save_steps: int) -> TrainingConfig:
+    method, num_layers = training.recompute_method, training.recompute_num_layers
+    if training.recompute_granularity == "full":
+        method, num_layers = method or "uniform", num_layers or 1
+    return dataclasses.replace(
+        training,
+        eval_steps=training.eval_steps or save_steps,
+        num_train_epochs=None if training.train_iters else training.num_train_epochs,
+        recompute_method=method,
+        recompute_num_layers=num_layers,
+    )
 
 
 def _resolve_sequence_parallel(parallel: ParallelConfig) -> ParallelConfig:

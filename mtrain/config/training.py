@@ -43,11 +43,11 @@ class TrainingConfig:
     )
     recompute_method: str | None = flag(
         None,
-        "full only: uniform divides the layers in groups, block recomputes the first ones.",
+        "full only: uniform (default) works by groups of layers, block on the first layers.",
         choices=("uniform", "block"),
     )
     recompute_num_layers: int | None = flag(
-        None, "Layers in a group (uniform), or layers recomputed (block).", minimum=1
+        None, "full only: layers in a group (uniform) or recomputed (block); default: 1.", minimum=1
     )
     recompute_modules: tuple[str, ...] = flag(
         ("core_attn",),

@@ -1,0 +1,196 @@
+"""Combinations of settings that cannot work, found before anything is started.
+
+The one thing to know: every check raises a ValueError of one line that names the flags and what to
+do. Nothing here needs the model; `mtrain.config.model_checks` compares with its config.json, and
+`mtrain.config.path_checks` looks at the disk.
+"""
+
+import dataclasses
+
+from mtrain.config.checkpoint import parse_byte_size
+from mtrain.config.data import DataConfig, TemplateConfig
+from mtrain.config.fields import check_values
+from mtrain.config.later import refuse_later_features
+from mtrain.config.optimizer import OptimizerConfig
+from mtrain.config.parallel import ParallelConfig
+from mtrain.config.run import ExportConfig, SftConfig
+from mtrain.config.training import TrainingConfig
+
+__all__ = ["check_batches", "check_export", "check_sft", "check_world_size"]
+
+
+def check_sft(config: SftConfig, *, world_size: int) -> None:
+    """Checks a resolved configuration of `megatron sft` without touching the disk.
+
+    Args:
+        config: Result of `resolve_sft`.
+        world_size: Ranks of the run, over all nodes.
+
+    Raises:
+        ValueError: The first setting that cannot work.
+    """
+    _check_sections(config)
+    refuse_later_features(config)
+    if config.model.model is None:
+        raise ValueError("--model is missing: give a Hugging Face folder or id")
+    _check_data(config.data, config.template)
+    _check_length_of_run(config.training)
+    _check_recompute(config.training)
+    _check_schedule(config.optimizer, train_iters=config.training.train_iters)
+    _check_shard_size(config.checkpoint.max_shard_size)
+    check_world_size(config.parallel, world_size=world_size)
+    check_batches(config.training, config.parallel, world_size=world_size)
+
+
+def check_export(config: ExportConfig) -> None:
+    """Checks a resolved configuration of `megatron export` without touching the disk.
+
+    Raises:
+        ValueError: The first setting that cannot work.
+    """
+    _check_sections(config)
+    if config.export.to_hf == config.export.to_mcore:
+        raise ValueError("give exactly one of --to_hf true and --to_mcore true")
+    _check_shard_size(config.checkpoint.max_shard_size)
+
+
+def _check_sections(config: SftConfig | ExportConfig) -> None:
+    for part in dataclasses.fields(config):
+        check_values(getattr(config, part.name))
+
+
+def _check_shard_size(text: str) -> None:
+    try:
+        parse_byte_size(text)
+    except ValueError as error:
+        raise ValueError(f"--max_shard_size {error}") from error
+
+
+def check_world_size(parallel: ParallelConfig, *, world_size: int) -> None:
+    """Checks that the ranks can be divided by the parallel sizes.
+
+    Raises:
+        ValueError: Naming the sizes, and the number of processes that would work.
+    """
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    cp = parallel.context_parallel_size
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    _divide_world(world_size, sizes=(tp, cp, pp), what="tensor x context x pipeline")
+    _divide_world(world_size, sizes=(etp, ep, pp), what="expert tensor x expert x pipeline")
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    if vpp is not None and pp == 1:
+        raise ValueError(
+            f"--virtual_pipeline_model_parallel_size {vpp} needs "
+            "--pipeline_model_parallel_size above 1"
+        )
+    for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
+        if getattr(parallel, name) is not None and pp == 1:
+            raise ValueError(f"--{name} needs --pipeline_model_parallel_size above 1")
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        raise ValueError("--overlap_param_gather true needs --overlap_grad_reduce true")
+    if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
+        raise ValueError("--overlap_param_gather true needs --use_distributed_optimizer true")
+
+
+def _divide_world(world_size: int, *, sizes: tuple[int, int, int], what: str) -> None:
+    needed = sizes[0] * sizes[1] * sizes[2]
+    if world_size % needed:
+        spelled = " x ".join(map(str, sizes))
+        processes = "1 process" if world_size == 1 else f"{world_size} processes"
+        raise ValueError(
+            f"{processes} cannot be divided by {what} parallel size {spelled} = {needed}: "
+            f"set NPROC_PER_NODE (x NNODES) to a multiple of {needed}"
+        )
+
+
+def check_batches(training: TrainingConfig, parallel: ParallelConfig, *, world_size: int) -> None:
+    """Checks that the global batch divides into micro-batches that fill the pipeline.
+
+    Raises:
+        ValueError: Naming the batch sizes and the data-parallel size.
+    """
+    pp = parallel.pipeline_model_parallel_size
+    model_size = parallel.tensor_model_parallel_size * pp * parallel.context_parallel_size
+    dp_size = world_size // model_size
+    rows = training.micro_batch_size * dp_size
+    if training.global_batch_size % rows:
+        raise ValueError(
+            f"--global_batch_size {training.global_batch_size} cannot be divided by "
+            f"--micro_batch_size {training.micro_batch_size} x {dp_size} data-parallel ranks"
+        )
+    if parallel.virtual_pipeline_model_parallel_size is None:
+        return
+    num_microbatches = training.global_batch_size // rows
+    group = parallel.microbatch_group_size_per_vp_stage or pp
+    if group < pp:
+        raise ValueError(
+            f"--microbatch_group_size_per_vp_stage {group} must be at least "
+            f"--pipeline_model_parallel_size {pp}"
+        )
+    if num_microbatches < group or 0 < num_microbatches % group < pp:
+        raise ValueError(
+            f"virtual pipeline stages need micro-batches in groups of {group}, a step has "
+            f"{num_microbatches}: raise --global_batch_size to a multiple of {rows * group}"
+        )
+
+
+def _check_data(data: DataConfig, template: TemplateConfig) -> None:
+    if not data.dataset:
+        raise ValueError("--dataset is missing: give one or more files or ids")
+    if data.val_dataset and data.split_dataset_ratio:
+        raise ValueError("--val_dataset and --split_dataset_ratio exclude each other: drop one")
+    if data.split_dataset_ratio == 1:
+        raise ValueError("--split_dataset_ratio 1.0 leaves nothing to train on")
+    if not data.packing:
+        return
+    if template.max_length is None or data.packing_length is None:
+        raise ValueError("--packing true needs --max_length (the tokens of a row)")
+    if data.packing_length < template.max_length:
+        raise ValueError(
+            f"--packing_length {data.packing_length} must be at least "
+            f"--max_length {template.max_length}"
+        )
+
+
+def _check_length_of_run(training: TrainingConfig) -> None:
+    if training.train_iters is None and training.num_train_epochs is None:
+        raise ValueError("give --num_train_epochs or --train_iters")
+
+
+def _check_recompute(training: TrainingConfig) -> None:
+    if training.recompute_granularity == "full":
+        return
+    for name in ("recompute_method", "recompute_num_layers"):
+        value = getattr(training, name)
+        if value is not None:
+            raise ValueError(f"--{name} {value} is only for --recompute_granularity full")
+
+
+def _check_schedule(optimizer: OptimizerConfig, *, train_iters: int | None) -> None:
+    lr = optimizer.lr
+    assert lr is not None, "resolve_sft fills it"
+    for name in ("min_lr", "lr_warmup_init"):
+        value = getattr(optimizer, name)
+        if value > lr:
+            raise ValueError(f"--{name} {value} must not be above --lr {lr}")
+    fraction, warmup = optimizer.lr_warmup_fraction, optimizer.lr_warmup_iters
+    if fraction is not None and warmup:
+        raise ValueError("--lr_warmup_fraction and --lr_warmup_iters exclude each other: drop one")
+    if fraction == 1:
+        raise ValueError("--lr_warmup_fraction 1.0 must be below 1")
+    num_steps = optimizer.lr_decay_iters or train_iters
+    if num_steps is not None and warmup >= num_steps:
+        raise ValueError(f"--lr_warmup_iters {warmup} must be below the {num_steps} steps of decay")
+    if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
+        raise ValueError("--lr_decay_style WSD needs --lr_wsd_decay_iters")
+    ends = (optimizer.start_weight_decay, optimizer.end_weight_decay)
+    if optimizer.weight_decay_incr_style == "constant":
+        if ends != (None, None):
+            raise ValueError(
+                "--start_weight_decay needs --weight_decay_incr_style linear or cosine"
+            )
+    elif None in ends:
+        raise ValueError(
+            f"--weight_decay_incr_style {optimizer.weight_decay_incr_style} needs "
+            "--start_weight_decay and --end_weight_decay"
+        )

@@ -1,0 +1,79 @@
+"""Settings against the disk: do the inputs exist, can the output be written?
+
+The one thing to know: nothing is created. A name that is not a path and looks like `owner/name` is
+an id on a hub; whether it can be fetched is found out by whoever fetches it.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from mtrain.config.checkpoint import CheckpointConfig
+from mtrain.config.data import DataConfig
+
+__all__ = ["check_datasets", "check_output_dir", "local_model_folder"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_PREFIXES = ("hf::", "ms::")
+_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".arrow")
+
+
+def local_model_folder(model: str) -> Path | None:
+    """The folder that `--model` names, or None when it is an id on a hub.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"--model {model}: is a file; give the folder of the checkpoint")
+    if _HUB_ID.fullmatch(model):
+        return None
+    raise ValueError(f"--model {model}: no such folder, and not an id such as Qwen/Qwen3-0.6B")
+
+
+def check_datasets(data: DataConfig) -> None:
+    """Checks that datasets which are paths exist.
+
+    Raises:
+        ValueError: Naming the flag and the missing path.
+    """
+    for name in ("dataset", "val_dataset"):
+        for source in getattr(data, name):
+            _check_dataset(name, source)
+
+
+def _check_dataset(flag: str, source: str) -> None:
+    if source.startswith(_HUB_PREFIXES):
+        return
+    # path-or-id[:subset][#count]; a path that exists as written wins over that reading.
+    name = re.sub(r"#\d+$", "", source)
+    candidates = {source, name, name.rsplit(":", 1)[0]}
+    if any(Path(candidate).expanduser().exists() for candidate in candidates):
+        return
+    stem = name.split(":", 1)[0]
+    if _HUB_ID.fullmatch(stem) and not stem.lower().endswith(_DATA_SUFFIXES):
+        return
+    raise ValueError(f"--{flag} {source}: no such file or folder, and not an id such as owner/name")
+
+
+def check_output_dir(checkpoint: CheckpointConfig) -> None:
+    """Checks that the output folder can be made and written, and does not hold another run.
+
+    Raises:
+        ValueError: Naming the folder that is in the way.
+    """
+    assert checkpoint.output_dir is not None, "resolve_sft fills it"
+    output_dir = Path(checkpoint.output_dir).expanduser()
+    nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"--output_dir {output_dir}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {output_dir}: {nearest} cannot be written to")
+    if not checkpoint.add_version and any(output_dir.glob("checkpoint-*")):
+        raise ValueError(
+            f"--output_dir {output_dir} holds checkpoints of another run: "
+            "give another folder, or --add_version true"
+        )
