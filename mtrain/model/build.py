@@ -4,7 +4,6 @@ The one thing to know: weights are allocated, not initialised. The bridge fills 
 or refuses the checkpoint.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,21 +12,17 @@ from megatron.core.pipeline_parallel.utils import is_vp_first_stage, is_vp_last_
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mtrain.bridge.family import Family
-from mtrain.bridge.plan import padded_vocab_size
+from mtrain.bridge.family import MegatronConfig
 from mtrain.config import ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
 from mtrain.model.backends import block_spec, spec_provider
 from mtrain.model.gpt import LanguageModel
-from mtrain.model.rope import rotary_frequencies
+from mtrain.model.rope import llama3_frequencies
 from mtrain.parallel import ParallelLayout, ParallelState
 from mtrain.platform.device import has_gpu
 
-_ACTIVATIONS = {"silu": F.silu}
-
 
 def transformer_config(
-    family: Family,
-    hf_config: Mapping[str, Any],
+    described: MegatronConfig,
     layout: ParallelLayout,
     *,
     model: ModelConfig,
@@ -41,8 +36,7 @@ def transformer_config(
     """Megatron-Core's description of the model and of how to run it.
 
     Args:
-        family: Translates the architecture.
-        hf_config: config.json of the checkpoint.
+        described: The architecture, from the family of the checkpoint.
         layout: Parallel sizes.
         model: Fusions, attention kernel, `megatron_extra_kwargs`.
         parallel: Communication settings.
@@ -54,10 +48,9 @@ def transformer_config(
             to tell each other.
 
     Raises:
-        ValueError: The family cannot express the config, or Megatron-Core refuses a combination.
+        ValueError: Megatron-Core refuses the combination.
     """
-    fields: dict[str, Any] = dict(family.megatron_config(hf_config).transformer)
-    fields["activation_func"] = _ACTIVATIONS[fields.pop("activation")]
+    fields = described.transformer | {"activation_func": getattr(F, described.activation)}
     fields |= _precision(dtype)
     fields |= _parallelism(layout, parallel, variable_seq_lengths=variable_seq_lengths)
     fields |= _kernels(model, backend)
@@ -115,6 +108,7 @@ def _kernels(model: ModelConfig, backend: str) -> dict[str, Any]:
         # Transformer Engine's kernel takes packed sequences in one launch; without it Megatron-Core
         # cuts the sequence into documents on the host, in every layer.
         "apply_rope_fusion": backend == "te",
+        "cuda_graph_scope": [],
         # Megatron-Core's own linears need apex for it; `fuse_weight_gradients` turns it on where
         # Transformer Engine brings the kernel.
         "gradient_accumulation_fusion": False,
@@ -155,8 +149,7 @@ def _routing(moe: MoEConfig) -> dict[str, Any]:
 
 
 def build_model(
-    family: Family,
-    hf_config: Mapping[str, Any],
+    described: MegatronConfig,
     config: TransformerConfig,
     state: ParallelState,
     *,
@@ -165,8 +158,7 @@ def build_model(
     """The model chunks of this rank: one, or one for each virtual pipeline stage.
 
     Args:
-        family: Translates the architecture.
-        hf_config: config.json of the checkpoint.
+        described: The architecture, from the family of the checkpoint.
         config: From `transformer_config`.
         state: This rank in the layout.
         backend: "te" or "torch".
@@ -174,9 +166,8 @@ def build_model(
     Returns:
         Chunks on the device with uninitialised weights.
     """
-    arguments = family.megatron_config(hf_config).gpt
+    arguments = described.gpt
     provider = spec_provider(backend)
-    frequencies = rotary_frequencies(hf_config)
     layout, pp_rank = state.layout, state.coordinates.pp_rank
     chunks = []
     for chunk in range(layout.num_chunks):
@@ -188,19 +179,27 @@ def build_model(
             packed_format=provider.packed_format,
             config=config,
             transformer_layer_spec=block_spec(config, provider, vp_stage=vp_stage),
-            vocab_size=padded_vocab_size(arguments.vocab_size, layout.tp_size),
+            vocab_size=_padded(arguments.vocab_size, layout.tp_size),
             max_sequence_length=arguments.max_position_embeddings,
             pre_process=is_first,
             post_process=is_last,
-            share_embeddings_and_output_weights=arguments.tie_word_embeddings,
+            share_embeddings_and_output_weights=arguments.is_tied,
             position_embedding_type="rope",
             rotary_base=arguments.rotary_base,
             vp_stage=vp_stage,
         )
-        if frequencies is not None:
+        if arguments.rope_scaling is not None:
+            frequencies = llama3_frequencies(
+                arguments.rope_scaling, base=arguments.rotary_base, head_dim=config.kv_channels
+            )
             model.rotary_pos_emb.inv_freq = frequencies.to(state.device)
         chunks.append(model)
     return chunks
+
+
+def _padded(vocab_size: int, tp_size: int) -> int:
+    """The vocabulary with the fewest words added that make its parts equal."""
+    return -(-vocab_size // tp_size) * tp_size
 
 
 def fuse_weight_gradients(chunks: list[LanguageModel]) -> None:

@@ -1,39 +1,39 @@
-"""Rotary frequencies of checkpoints that scale them (llama3, linear).
+"""Rotary frequencies of checkpoints that scale them.
 
-The formulas are transformers' own: Megatron-Core hard-codes three of llama3's four numbers.
+Megatron-Core hard-codes three of llama3's four numbers, so the frequencies are computed here.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import math
 
 import torch
 
+from mtrain.bridge.family import Llama3Rope
 
-def rotary_frequencies(hf_config: Mapping[str, Any]) -> torch.Tensor | None:
-    """Inverse frequencies for the rotary embedding.
+
+def llama3_frequencies(rope: Llama3Rope, *, base: float, head_dim: int) -> torch.Tensor:
+    """Inverse frequencies of the "llama3" scaling.
+
+    Waves longer than the original context are slowed down by `factor`, short ones stay, and those
+    between are blended.
 
     Args:
-        hf_config: config.json, in the spelling of transformers 4 (`rope_scaling`) or 5
-            (`rope_parameters`).
+        rope: Parameters of the scaling.
+        base: Theta of the rotary embedding.
+        head_dim: Size of an attention head.
 
     Returns:
-        float32 [head_dim / 2], or None where they are the plain powers of the base.
+        float32 [head_dim / 2].
 
-    Raises:
-        ValueError: The scaling also rescales attention, which is not built.
+    Source: transformers' `modeling_rope_utils`, in the same order of operations (bit-equal).
     """
-    from transformers import AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    fields = dict(hf_config)
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    rope_type = config.rope_parameters["rope_type"]
-    if rope_type == "default":
-        return None
-    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
-    if attention_factor != 1.0:
-        raise ValueError(
-            f"rope type {rope_type!r} scales attention by {attention_factor}, which mtrain does "
-            "not do yet"
-        )
-    return frequencies.float()
+    frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    context = rope.original_max_position_embeddings
+    wavelengths = 2 * math.pi / frequencies
+    is_long = wavelengths > context / rope.low_freq_factor
+    is_short = wavelengths < context / rope.high_freq_factor
+    scaled = torch.where(is_long, frequencies / rope.factor, frequencies)
+    blend = (context / wavelengths - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blended = (1 - blend) * scaled / rope.factor + blend * scaled
+    return torch.where(is_long | is_short, scaled, blended)

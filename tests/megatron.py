@@ -1,0 +1,66 @@
+"""What tests of the whole model share: a tiny checkpoint on the ranks of a layout."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtrain.bridge.families import find_family
+from mtrain.bridge.load import load_weights
+from mtrain.config import ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
+from mtrain.model.build import build_model, transformer_config
+from mtrain.model.gpt import LanguageModel
+from mtrain.parallel import ParallelLayout, ParallelState
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint."""
+    return json.loads(Path(folder, "config.json").read_text())
+
+
+def load_model(
+    state: ParallelState,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    training: TrainingConfig | None = None,
+    moe: MoEConfig | None = None,
+) -> list[LanguageModel]:
+    """The chunks of this rank with the weights of a checkpoint, on the `torch` backend."""
+    hf_config = read_config(folder)
+    described = find_family(hf_config).megatron_config(hf_config)
+    layout = state.layout
+    config = transformer_config(
+        described,
+        layout,
+        model=ModelConfig(),
+        parallel=ParallelConfig(sequence_parallel=layout.tp_size > 1),
+        training=training or TrainingConfig(),
+        moe=moe or MoEConfig(),
+        dtype=dtype,
+        backend="torch",
+        variable_seq_lengths=True,
+    )
+    chunks = build_model(described, config, state, backend="torch")
+    load_weights(chunks, folder=folder, hf_config=hf_config, state=state, backend="torch")
+    return chunks
+
+
+def packed_inputs(lengths: list[int], vocab_size: int, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random documents of these lengths in one row, as arguments of the model."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    labels = torch.randint(0, vocab_size, (1, total), generator=generator)
+    ends = torch.tensor(lengths).cumsum(0)
+    labels[0, ends - 1] = -100
+    return {
+        "input_ids": torch.randint(0, vocab_size, (1, total), generator=generator),
+        "labels": labels,
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seqlens": torch.tensor([0, *ends.tolist()], dtype=torch.int32),
+        "max_seqlen": max(lengths),
+    }
+
+
+SINGLE = ParallelLayout()
