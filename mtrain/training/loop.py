@@ -1,0 +1,183 @@
+"""The training loop: steps, and between them log lines, evaluations and checkpoints.
+
+The one thing to know: what happens at a step depends on the step's number alone, so all ranks do
+the same without talking about it. Saving and evaluating are callables; the loop knows when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from mtrain.config.training import TrainingConfig
+from mtrain.parallel import ParallelState
+from mtrain.training.batch import MicroBatch, count_batches
+from mtrain.training.evaluate import EvaluationResult
+from mtrain.training.metrics import LogRecord, Meter
+from mtrain.training.step import train_step
+from mtrain.training.wrap import gather_parameters
+from mtrain.training.writers import RunLog
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+
+__all__ = ["LoopPlan", "train"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopPlan:
+    """When things happen, in optimizer steps.
+
+    Attributes:
+        total_steps: Length of the run.
+        logging_steps: Steps between two log lines; the first and the last step have one too.
+        save_steps: Steps between two checkpoints (an epoch, if one is saved after each); the last
+            step has one too.
+        eval_steps: Steps between two evaluations, likewise.
+    """
+
+    total_steps: int
+    logging_steps: int
+    save_steps: int
+    eval_steps: int
+
+    def logs_after(self, step: int) -> bool:
+        """Whether there is a log line after this step."""
+        return step == 1 or self._is_due(step, self.logging_steps)
+
+    def saves_after(self, step: int) -> bool:
+        """Whether there is a checkpoint after this step."""
+        return self._is_due(step, self.save_steps)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether there is an evaluation after this step."""
+        return self._is_due(step, self.eval_steps)
+
+    def _is_due(self, step: int, interval: int) -> bool:
+        return step % interval == 0 or step == self.total_steps
+
+
+def train(
+    *,
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: ChainedOptimizer,
+    scheduler: OptimizerParamScheduler,
+    steps: Iterator[Sequence[MicroBatch]],
+    plan: LoopPlan,
+    settings: TrainingConfig,
+    state: ParallelState,
+    meter: Meter,
+    log: RunLog | None,
+    evaluate: Callable[[], EvaluationResult] | None,
+    save: Callable[[int], None],
+) -> LogRecord:
+    """Trains to the end of the plan.
+
+    Args:
+        chunks: Wrapped model chunks of this rank.
+        optimizer: From `build_optimizer`.
+        scheduler: From `build_scheduler`.
+        steps: The micro-batches of this data-parallel rank, one list a step.
+        plan: When things happen.
+        settings: The training section, for garbage collection.
+        state: This rank.
+        meter: Adds up what log lines say.
+        log: Where they go; None on all ranks but the first.
+        evaluate: Evaluates the model as it is; None without validation data.
+        save: Saves a checkpoint of the given step.
+
+    Returns:
+        The last log line.
+
+    Raises:
+        NonFiniteError: The loss or a gradient is not finite.
+        ValueError: The data ends before the plan.
+    """
+    with _garbage_collection(settings) as collect:
+        for step in range(1, plan.total_steps + 1):
+            started = time.monotonic()
+            batches = _next_batches(steps, step, plan.total_steps)
+            data_seconds = time.monotonic() - started
+            counts = count_batches(batches)
+            result = train_step(chunks, optimizer, scheduler, batches, state=state, step=step)
+            meter.add_step(result, counts, data_seconds=data_seconds)
+            if log is not None:
+                log.advance()
+            if plan.logs_after(step):
+                record = meter.record(step)
+                if log is not None:
+                    log.write(record.as_dict(), step=step, kind="train")
+            with _paused(meter):
+                evaluates = evaluate is not None and plan.evaluates_after(step)
+                if evaluates:
+                    _evaluate(evaluate, log=log, step=step)
+                if plan.saves_after(step):
+                    gather_parameters(chunks)
+                    save(step)
+                collect(step, evaluated=evaluates)
+    return record
+
+
+def _next_batches(
+    steps: Iterator[Sequence[MicroBatch]], step: int, total_steps: int
+) -> Sequence[MicroBatch]:
+    batches = next(steps, None)
+    if batches is None:
+        raise ValueError(f"the data ends after {step - 1} of {total_steps} steps")
+    return batches
+
+
+def _evaluate(evaluate: Callable[[], EvaluationResult], *, log: RunLog | None, step: int) -> None:
+    result = evaluate()
+    if log is not None:
+        values = {
+            "loss": result.loss,
+            "token_accuracy": result.token_accuracy,
+            "num_tokens": result.num_tokens,
+        }
+        log.write(values, step=step, kind="eval")
+
+
+@contextlib.contextmanager
+def _paused(meter: Meter) -> Iterator[None]:
+    """Leaves what happens inside out of the speed of training."""
+    started = time.monotonic()
+    yield
+    meter.pause(time.monotonic() - started)
+
+
+class _Collect(Protocol):
+    def __call__(self, step: int, *, evaluated: bool) -> None:
+        """Collects garbage if it is time to."""
+
+
+@contextlib.contextmanager
+def _garbage_collection(settings: TrainingConfig) -> Iterator[_Collect]:
+    """Hands out a function to call after each step.
+
+    With `manual_gc` Python's own collector is off, so that no rank stops at a step of its own while
+    all others wait for it.
+    """
+
+    def collect(step: int, *, evaluated: bool) -> None:
+        every = settings.manual_gc_steps
+        is_due = every and step % every == 0
+        if settings.manual_gc and (is_due or (evaluated and settings.manual_gc_eval)):
+            gc.collect()
+
+    if not settings.manual_gc:
+        yield collect
+        return
+    gc.collect()
+    gc.disable()
+    try:
+        yield collect
+    finally:
+        gc.enable()

@@ -1,0 +1,229 @@
+"""One optimizer step: forward and backward over the micro-batches, then the update.
+
+The one thing to know: every token with a label counts the same, wherever it is. The labelled tokens
+of the global batch are counted before forward, and each micro-batch's summed loss is divided by
+that count, so the gradient does not depend on how the batch was split (nor does the weight of the
+expert-balancing losses depend on how many tokens have labels). An update is made only from finite
+numbers; otherwise training stops and names the samples.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from mtrain.model.loss import IGNORED
+from mtrain.parallel import ParallelState
+from mtrain.training.batch import MicroBatch, to_device
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+
+__all__ = ["NonFiniteError", "StepResult", "run_schedule", "train_step"]
+
+_MAX_NAMED_SAMPLES = 64
+_LOWEST_LOSS_SCALE = 1.0  # Megatron-Core's default for float16
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient is NaN or infinite; the weights were not touched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        sums: float64 [3] on the device: summed loss, tokens predicted right, tokens with a label,
+            over this rank's micro-batches. Zeros on ranks without the loss.
+        grad_norm: Global gradient norm before clipping; NaN when the step was skipped.
+        learning_rate: The rate that this step used.
+        is_skipped: float16 only: the loss scale was too high and the update was left out.
+    """
+
+    sums: torch.Tensor
+    grad_norm: float
+    learning_rate: float
+    is_skipped: bool
+
+
+def train_step(
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: ChainedOptimizer,
+    scheduler: OptimizerParamScheduler,
+    batches: Sequence[MicroBatch],
+    *,
+    state: ParallelState,
+    step: int,
+) -> StepResult:
+    """Trains on one global batch.
+
+    Args:
+        chunks: Wrapped model chunks of this rank.
+        optimizer: From `build_optimizer`.
+        scheduler: From `build_scheduler`.
+        batches: This data-parallel rank's micro-batches of the step, in host memory; the same on
+            all its tensor and pipeline ranks, and as many on every rank.
+        state: This rank.
+        step: Number of the step, for error messages.
+
+    Raises:
+        NonFiniteError: On all ranks, before the update.
+    """
+    on_device = [to_device(batch, state.device) for batch in batches]
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    scale = _loss_scale(on_device, state)
+    sums = run_schedule(chunks, on_device, scale=scale, forward_only=False)
+    learning_rate = scheduler.get_lr({})
+    overflowed = optimizer.prepare_grads()
+    grad_norm = math.nan if overflowed else optimizer.get_grad_norm()
+    if not math.isfinite(grad_norm):
+        can_skip = overflowed and float(optimizer.get_loss_scale()) > _LOWEST_LOSS_SCALE
+        _stop_or_skip(batches, sums, can_skip=can_skip, state=state, step=step)
+    else:
+        _update(optimizer, grad_norm)
+        scheduler.step(1)
+    return StepResult(
+        sums=_total(sums, state.device),
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        is_skipped=overflowed,
+    )
+
+
+def run_schedule(
+    chunks: Sequence[DistributedDataParallel],
+    batches: Sequence[MicroBatch],
+    *,
+    scale: torch.Tensor,
+    forward_only: bool,
+) -> list[torch.Tensor]:
+    """Runs Megatron-Core's pipeline schedule over micro-batches on the device.
+
+    Args:
+        chunks: Wrapped model chunks of this rank.
+        batches: Micro-batches of one data-parallel rank.
+        scale: Scalar on the device that turns a micro-batch's summed loss into what is
+            differentiated.
+        forward_only: Evaluate instead of train.
+
+    Returns:
+        On the last stage float64 [3] a micro-batch, as in `StepResult.sums`; elsewhere nothing.
+    """
+    shapes = {batch.input_ids.shape for batch in batches}
+    micro_batch_size, seq_length = max(shapes)
+    # Stages exchange shapes only when they differ: it costs a message a micro-batch.
+    chunks[0].config.variable_seq_lengths = len(shapes) > 1
+    return get_forward_backward_func()(
+        forward_step_func=functools.partial(_forward, scale),
+        data_iterator=[iter(batches) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=len(batches),
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def _forward(
+    scale: torch.Tensor, batches: Iterator[MicroBatch], chunk: DistributedDataParallel
+) -> tuple[torch.Tensor, functools.partial]:
+    batch = next(batches)
+    output = chunk(
+        batch.input_ids,
+        batch.position_ids,
+        labels=batch.labels,
+        cu_seqlens=batch.cu_seqlens,
+        max_seqlen=batch.max_seqlen,
+    )
+    return output, functools.partial(_loss, labels=batch.labels, scale=scale)
+
+
+def _loss(
+    output: tuple[torch.Tensor, torch.Tensor], *, labels: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scalar to differentiate, and what is reported."""
+    losses, correct = output
+    loss_sum = losses.sum()
+    detached = loss_sum.detach()
+    sums = torch.stack(
+        [detached.double(), correct.sum().double(), (labels != IGNORED).sum().double()]
+    )
+    # An infinite loss can have finite gradients. Times 0 it is NaN, and so are the gradients then:
+    # the gradient norm, which every rank looks at anyway, finds both.
+    poison = 1 + 0 * detached
+    return loss_sum * (scale * poison), sums
+
+
+def _loss_scale(batches: Sequence[MicroBatch], state: ParallelState) -> torch.Tensor:
+    """One over the labelled tokens of the global batch, undoing the means taken elsewhere.
+
+    The schedule divides by the number of micro-batches, and gradient reduction by that of
+    data-parallel ranks. The count stays on the device: nobody waits for it.
+    """
+    num_labels = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
+    dist.all_reduce(num_labels, group=state.groups.dp)
+    return len(batches) * state.layout.dp_size / num_labels.clamp(min=1)
+
+
+def _update(optimizer: ChainedOptimizer, grad_norm: float) -> None:
+    """Clips gradients and steps; `ChainedOptimizer.step` would not let us look in between."""
+    for part in optimizer.chained_optimizers:
+        if part.config.clip_grad > 0 and not part.is_stub_optimizer and part.get_parameters():
+            clip_grad_by_total_norm_fp32(
+                part.get_parameters(),
+                max_norm=part.config.clip_grad,
+                total_norm=grad_norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()
+
+
+def _total(sums: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    if sums:
+        return torch.stack(list(sums)).sum(dim=0)
+    return torch.zeros(3, dtype=torch.float64, device=device)
+
+
+def _stop_or_skip(
+    batches: Sequence[MicroBatch],
+    sums: Sequence[torch.Tensor],
+    *,
+    can_skip: bool,
+    state: ParallelState,
+    step: int,
+) -> None:
+    """Raises, unless the loss itself is finite and a smaller loss scale can help (`can_skip`).
+
+    This path is rare, so it may talk: all ranks come here together.
+    """
+    is_finite = [bool(torch.isfinite(micro_batch[0])) for micro_batch in sums]
+    # Ranks without the loss have no sums and send nothing.
+    ours = [(batch.sample_ids, ok) for batch, ok in zip(batches, is_finite, strict=False)]
+    gathered: list[list[tuple[tuple[int, ...], bool]]] = [[]] * state.layout.world_size
+    dist.all_gather_object(gathered, ours)
+    entries = [entry for rank in gathered for entry in rank]
+    culprits = {sample for ids, ok in entries if not ok for sample in ids}
+    if can_skip and all(ok for _, ok in entries):
+        return
+    what = "loss" if culprits else "gradient norm"
+    where = "samples of the micro-batches with it" if culprits else "samples of the step"
+    samples = sorted(culprits or {sample for ids, _ in entries for sample in ids})
+    names = ", ".join(str(sample) for sample in samples[:_MAX_NAMED_SAMPLES])
+    more = len(samples) - _MAX_NAMED_SAMPLES
+    raise NonFiniteError(
+        f"step {step}: the {what} is not finite, no update was made; {where}: {names}"
+        + (f" and {more} more" if more > 0 else "")
+    )

@@ -1,0 +1,212 @@
+"""Where log lines go: the console with its progress bar, `logging.jsonl`, and trackers.
+
+The one thing to know: only rank 0 opens a `RunLog`. Packages of trackers are imported when asked
+for; `check_trackers` says before anything starts that one is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, TextIO
+
+from tqdm import tqdm
+
+from mtrain.config.logging import LoggingConfig
+
+__all__ = ["JsonLines", "RunLog", "Writer", "check_trackers", "open_run_log"]
+
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "swanlab": "swanlab"}
+
+
+class Writer(Protocol):
+    """One destination of log lines."""
+
+    def write(self, values: Mapping[str, float | int], *, step: int, kind: str) -> None:
+        """Takes the numbers of one line; `kind` is "train" or "eval"."""
+
+    def close(self) -> None:
+        """Flushes and closes."""
+
+
+def check_trackers(report_to: tuple[str, ...]) -> None:
+    """Makes sure that the packages of the trackers are installed.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name in report_to:
+        if name in _PACKAGES and importlib.util.find_spec(_PACKAGES[name]) is None:
+            raise ValueError(
+                f"--report_to {name} needs a package that is not installed: "
+                f"pip install {_PACKAGES[name]}"
+            )
+
+
+class RunLog:
+    """Progress bar and writers of a run; a context manager.
+
+    Args:
+        writers: Destinations besides the console.
+        total_steps: Length of the progress bar.
+        stream: Text stream of the console.
+    """
+
+    def __init__(
+        self, writers: list[Writer], *, total_steps: int, stream: TextIO = sys.stderr
+    ) -> None:
+        self._writers = writers
+        self._stream = stream
+        self._total_steps = total_steps
+        # disable=None: no bar where nobody watches it, such as a log file.
+        self._bar = tqdm(total=total_steps, unit="step", file=stream, disable=None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+        for writer in self._writers:
+            writer.close()
+
+    def advance(self) -> None:
+        """Moves the progress bar by a step."""
+        self._bar.update()
+
+    def write(self, values: Mapping[str, float | int], *, step: int, kind: str) -> None:
+        """Writes one line everywhere.
+
+        Args:
+            values: Numbers by name; `step` and `total_steps` are added where they are missing.
+            step: Steps done.
+            kind: "train" or "eval".
+        """
+        shown = {name: value for name, value in values.items() if name not in _POSITION}
+        head = f"{kind} {step}/{self._total_steps}"
+        tqdm.write(f"{head}: " + _one_line(shown), file=self._stream)
+        for writer in self._writers:
+            writer.write(shown, step=step, kind=kind)
+
+
+_POSITION = ("step", "total_steps")
+
+
+def _one_line(values: Mapping[str, float | int]) -> str:
+    return " ".join(
+        f"{name}={value}" if isinstance(value, int) else f"{name}={value:.5g}"
+        for name, value in values.items()
+    )
+
+
+def open_run_log(
+    settings: LoggingConfig,
+    *,
+    folder: Path,
+    total_steps: int,
+    arguments: Mapping[str, Any],
+) -> RunLog:
+    """Opens every destination that the settings ask for.
+
+    Args:
+        settings: The logging section.
+        folder: Folder of the run; `logging.jsonl` and `runs/` go there.
+        total_steps: Steps of the run.
+        arguments: The resolved configuration, for trackers that show it.
+    """
+    writers: list[Writer] = [JsonLines(folder / "logging.jsonl", total_steps=total_steps)]
+    for name in settings.report_to:
+        if name == "tensorboard":
+            writers.append(_Tensorboard(settings, folder))
+        elif name == "wandb":
+            writers.append(_Wandb(settings, folder, arguments))
+        elif name == "swanlab":
+            writers.append(_Swanlab(settings, folder, arguments))
+    return RunLog(writers, total_steps=total_steps)
+
+
+class JsonLines:
+    """One JSON object a line, on disk as soon as it is written.
+
+    Args:
+        path: The file; lines are appended.
+        total_steps: Steps of the run, part of every line.
+    """
+
+    def __init__(self, path: Path, *, total_steps: int) -> None:
+        self._total_steps = total_steps
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, values: Mapping[str, float | int], *, step: int, kind: str) -> None:
+        """Appends a line; numbers of an evaluation get the prefix `eval_`, NaN becomes null."""
+        prefix = "" if kind == "train" else f"{kind}_"
+        line: dict[str, float | int | None] = {"step": step, "total_steps": self._total_steps}
+        for name, value in values.items():
+            line[prefix + name] = value if math.isfinite(value) else None
+        self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class _Tensorboard:
+    def __init__(self, settings: LoggingConfig, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(
+            settings.tensorboard_dir or str(folder / "runs"),
+            max_queue=settings.tensorboard_queue_size,
+        )
+
+    def write(self, values: Mapping[str, float | int], *, step: int, kind: str) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, settings: LoggingConfig, folder: Path, arguments: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=settings.wandb_project,
+            name=settings.wandb_exp_name or folder.name,
+            dir=str(folder),
+            config=dict(arguments),
+        )
+
+    def write(self, values: Mapping[str, float | int], *, step: int, kind: str) -> None:
+        self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Swanlab:
+    def __init__(self, settings: LoggingConfig, folder: Path, arguments: Mapping[str, Any]) -> None:
+        import swanlab
+
+        self._run = swanlab.init(
+            project=settings.swanlab_project,
+            experiment_name=settings.swanlab_exp_name or folder.name,
+            logdir=str(folder / "swanlab"),
+            config=dict(arguments),
+        )
+
+    def write(self, values: Mapping[str, float | int], *, step: int, kind: str) -> None:
+        self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
