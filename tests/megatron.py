@@ -40,7 +40,6 @@ def load_model(
         moe=moe or MoEConfig(),
         dtype=dtype,
         backend="torch",
-        variable_seq_lengths=True,
     )
     chunks = build_model(described, config, state, backend="torch")
     load_weights(chunks, folder=folder, hf_config=hf_config, state=state, backend="torch")

@@ -31,7 +31,6 @@ def transformer_config(
     moe: MoEConfig,
     dtype: torch.dtype,
     backend: str,
-    variable_seq_lengths: bool,
 ) -> TransformerConfig:
     """Megatron-Core's description of the model and of how to run it.
 
@@ -44,15 +43,13 @@ def transformer_config(
         moe: Routing settings; they only count for models with experts.
         dtype: Of weights and activations.
         backend: "te" or "torch".
-        variable_seq_lengths: Whether micro-batches differ in length, so that pipeline stages have
-            to tell each other.
 
     Raises:
         ValueError: Megatron-Core refuses the combination.
     """
     fields = described.transformer | {"activation_func": getattr(F, described.activation)}
     fields |= _precision(dtype)
-    fields |= _parallelism(layout, parallel, variable_seq_lengths=variable_seq_lengths)
+    fields |= _parallelism(layout, parallel)
     fields |= _kernels(model, backend)
     fields |= _recomputation(training)
     if fields.get("num_moe_experts"):
@@ -73,13 +70,12 @@ def _precision(dtype: torch.dtype) -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "perform_initialization": False,
-        "calculate_per_token_loss": True,
+        # The training step divides by the labelled tokens of the global batch itself.
+        "calculate_per_token_loss": False,
     }
 
 
-def _parallelism(
-    layout: ParallelLayout, parallel: ParallelConfig, *, variable_seq_lengths: bool
-) -> dict[str, Any]:
+def _parallelism(layout: ParallelLayout, parallel: ParallelConfig) -> dict[str, Any]:
     has_virtual_stages = layout.vpp_size is not None
     overlap_p2p = parallel.overlap_p2p_comm and has_virtual_stages and has_gpu()
     return {
@@ -93,7 +89,6 @@ def _parallelism(
         "num_layers_in_last_pipeline_stage": layout.num_layers_in_last_stage,
         "microbatch_group_size_per_vp_stage": parallel.microbatch_group_size_per_vp_stage,
         "sequence_parallel": bool(parallel.sequence_parallel),
-        "variable_seq_lengths": variable_seq_lengths and layout.pp_size > 1,
         "overlap_p2p_comm": overlap_p2p,
         "batch_p2p_comm": not overlap_p2p,
         "deallocate_pipeline_outputs": layout.pp_size > 1,

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 # Creation functions that megatron-core calls with device="cuda" or torch.cuda.current_device().
@@ -114,6 +115,9 @@ def _replace_random_state() -> None:
 
 def _replace_placement() -> None:
     """`.cuda()`, `.to("cuda")`, `device="cuda"`, and the type names the optimizers compare."""
+    # `with torch.device(...)`, by which transformers builds models, recognises creation functions
+    # by identity and remembers them at its first use: let that be before they are wrapped.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.to = _on_cpu(torch.Tensor.to)

@@ -4,6 +4,7 @@ Call `prepare_megatron()` before the first import of `megatron.core`; the packag
 (`mtrain.model`, `mtrain.training`) do so in their `__init__`.
 """
 
+import contextlib
 import functools
 import logging
 import warnings
@@ -84,13 +85,10 @@ def prepare_megatron() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if has_gpu():
-            import megatron.core.models.gpt
-        else:
-            with cpu.eager_fusions():
-                import megatron.core.models.gpt
-                import megatron.core.optimizer
-                import megatron.core.pipeline_parallel.schedules  # noqa: F401
+        with contextlib.nullcontext() if has_gpu() else cpu.eager_fusions():
+            import megatron.core.models.gpt.gpt_layer_specs
+            import megatron.core.optimizer
+            import megatron.core.pipeline_parallel.schedules  # noqa: F401
     cpu.mend_token_dispatch()
 
 

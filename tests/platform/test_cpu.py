@@ -21,6 +21,13 @@ def test_tensors_asked_for_on_cuda_are_on_the_cpu():
     assert torch.empty(1, device=torch.cuda.current_device()).device.type == "cpu"
 
 
+def test_a_default_device_still_holds():
+    """transformers builds models under the meta device; its rotary frequencies were garbage."""
+    with torch.device("meta"):
+        assert torch.arange(3).device.type == "meta"
+        assert torch.empty(3).device.type == "meta"
+
+
 def test_optimizers_see_the_type_names_that_they_compare():
     assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
     assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
