@@ -1,0 +1,95 @@
+"""What a user sees when something fails: one line for mistakes, a traceback for everything else.
+
+The one thing to know: a mistake of the user is a ValueError raised by mtrain's own code. A
+ValueError out of a library is a fault that needs its traceback.
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+import mtrain
+
+__all__ = ["EXIT_FAILURE", "EXIT_USER_ERROR", "end_failed_rank", "error_line", "is_user_error"]
+
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+_PACKAGE = Path(mtrain.__file__).parent
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether the error is a ValueError that mtrain raised itself."""
+    trace = error.__traceback__
+    if not isinstance(error, ValueError) or trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return Path(trace.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE)
+
+
+def error_line(command: str, error: BaseException) -> str:
+    """The one line that is printed for a mistake of the user."""
+    return f"megatron {command}: error: {' '.join(str(error).split())}"
+
+
+def end_failed_rank(
+    kind: type[BaseException],
+    error: BaseException,
+    trace: TracebackType | None,
+    *,
+    command: str,
+    rank: int,
+    failure_folder: Path | None,
+) -> NoReturn:
+    """Reports an uncaught error of one rank and ends its process at once.
+
+    The first rank of a node to fail prints its traceback, the others one line: their errors are
+    mostly the echo of the first. The process does not run exit handlers, because those may wait
+    for ranks that wait for this one.
+
+    Args:
+        kind: Type of the error; with the next two the arguments of `sys.excepthook`.
+        error: The uncaught error.
+        trace: Its traceback.
+        command: The command that the rank runs, for the message.
+        rank: Global rank.
+        failure_folder: A folder that the ranks of this node share, or None.
+    """
+    code = EXIT_FAILURE
+    is_first = _claim_first_failure(failure_folder)
+    if isinstance(error, KeyboardInterrupt):
+        code, text = EXIT_INTERRUPTED, ""
+    elif is_user_error(error):
+        code, text = EXIT_USER_ERROR, f"{error_line(command, error)}\n" if is_first else ""
+    elif is_first:
+        lines = traceback.format_exception(kind, error, trace)
+        text = f"megatron {command}: rank {rank} failed:\n{''.join(lines)}"
+    else:
+        summary = " ".join(traceback.format_exception_only(kind, error)[-1].split())
+        text = f"megatron {command}: rank {rank} stopped as well: {summary[:120]}\n"
+    sys.stdout.flush()
+    # In one write, so that the reports of two ranks do not mix, and to the descriptor, because
+    # torch's own hook puts a buffer in the place of sys.stderr while it calls this one.
+    sys.stderr.flush()
+    os.write(2, text.encode(errors="backslashreplace"))
+    os._exit(code)
+
+
+def _claim_first_failure(failure_folder: Path | None) -> bool:
+    """Whether this process is the first of its node to fail; creating a file decides."""
+    if failure_folder is None:
+        return True
+    try:
+        failure_folder.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(failure_folder / "first_failure", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    except OSError:
+        # A full or read-only disk must not hide the error.
+        return True
+    return True

@@ -1,0 +1,248 @@
+"""Where this process stands among the ranks, and how the ranks are started.
+
+The one thing to know: this is the only reader of the environment variables of launchers
+(NPROC_PER_NODE and its siblings, torchrun's RANK, Slurm's SLURM_*). It answers with a `Launch`
+(this process has to start the ranks) or a `Placement` (this process is a rank, maybe the only one).
+"""
+
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Launch", "Placement", "join_ranks", "launch_ranks", "read_environment"]
+
+# Set by `launch_ranks` for the ranks it starts: a folder that lives as long as the run.
+_RUN_FOLDER = "MTRAIN_RUN_FOLDER"
+_DEFAULT_PORT = 29500
+_SECONDS_TO_END = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """The ranks that this process has to start on its node.
+
+    `master_addr` and `master_port` are None when there is one node and they were not given.
+    """
+
+    nproc_per_node: int
+    num_nodes: int = 1
+    node_rank: int = 0
+    master_addr: str | None = None
+    master_port: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Ranks on all nodes."""
+        return self.nproc_per_node * self.num_nodes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """One rank.
+
+    Attributes:
+        rank: Global rank.
+        local_rank: Rank on this node.
+        world_size: Ranks on all nodes.
+        is_prepared: Whether the process that started the ranks has checked and prepared the input.
+        failure_folder: Folder that all ranks of this node share, to agree on who failed first.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    is_prepared: bool = False
+    failure_folder: Path | None = None
+
+
+def read_environment(environ: Mapping[str, str] | None = None) -> Launch | Placement:
+    """Finds out whether this process starts ranks, is one of several, or is alone.
+
+    A rank started by torchrun is known by LOCAL_RANK; RANK and WORLD_SIZE alone may belong to the
+    pod of a cluster. NPROC_PER_NODE wins over srun, which then starts one launcher a node.
+
+    Raises:
+        ValueError: A variable is missing or not a number.
+    """
+    environ = os.environ if environ is None else environ
+    if {"LOCAL_RANK", "RANK", "WORLD_SIZE"} <= environ.keys():
+        return Placement(
+            rank=_read_int(environ, "RANK"),
+            local_rank=_read_int(environ, "LOCAL_RANK"),
+            world_size=_read_int(environ, "WORLD_SIZE", minimum=1),
+            is_prepared=_RUN_FOLDER in environ,
+            failure_folder=_torchrun_folder(environ),
+        )
+    if {"NPROC_PER_NODE", "NNODES"} & environ.keys():
+        launch = _read_launch(environ)
+        return launch if launch.world_size > 1 else Placement()
+    # Set by srun for the tasks of a step, unlike SLURM_NTASKS, which a batch script sees too.
+    if {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"} <= environ.keys():
+        return _read_slurm(environ)
+    return Placement()
+
+
+def join_ranks(placement: Placement) -> None:
+    """Sets what torch's process group reads, where srun instead of torchrun started the ranks."""
+    if "LOCAL_RANK" in os.environ:
+        return
+    job = _read_int(os.environ, "SLURM_JOB_ID", default=0)
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
+    os.environ.update(
+        RANK=str(placement.rank),
+        LOCAL_RANK=str(placement.local_rank),
+        WORLD_SIZE=str(placement.world_size),
+        MASTER_ADDR=os.environ.get("MASTER_ADDR", _first_host(nodes)),
+        # All nodes must agree without talking, and two jobs on a node must not meet.
+        MASTER_PORT=os.environ.get("MASTER_PORT", str(20000 + job % 10000)),
+    )
+
+
+def launch_ranks(launch: Launch, words: Sequence[str]) -> int:
+    """Runs torchrun in this process until all ranks of this node have ended.
+
+    When one fails the others are ended. The ranks report their errors themselves
+    (`mtrain.cli.errors`), so torchrun's own report is not shown.
+
+    Args:
+        launch: What to start.
+        words: What each rank runs, as after `torchrun` (`-m module arguments...`).
+
+    Returns:
+        Exit code: 0, or that of the first rank that failed (128 + number for a signal).
+
+    Raises:
+        ValueError: The nodes cannot meet at MASTER_ADDR and MASTER_PORT.
+    """
+    from torch.distributed import DistError, run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    _silence_torchrun()
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // launch.nproc_per_node)))
+    address = launch.master_addr or "127.0.0.1"
+    port = launch.master_port or _free_port()
+    options = [
+        f"--nnodes={launch.num_nodes}",
+        f"--node-rank={launch.node_rank}",
+        f"--nproc-per-node={launch.nproc_per_node}",
+        f"--master-addr={address}",
+        f"--master-port={port}",
+    ]
+    args = run.parse_args([*options, *words])
+    # As an attribute, because older torchruns do not have the option.
+    args.shutdown_timeout = _SECONDS_TO_END
+    with tempfile.TemporaryDirectory(prefix="mtrain-", ignore_cleanup_errors=True) as folder:
+        os.environ[_RUN_FOLDER] = folder
+        try:
+            run.run(args)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            return _exit_code(rank, failure.exitcode)
+        except SignalException as error:
+            return 128 + error.sigval
+        except DistError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"MASTER_ADDR={address} MASTER_PORT={port}: {reason}") from error
+        finally:
+            del os.environ[_RUN_FOLDER]
+    return 0
+
+
+def _exit_code(rank: int, code: int) -> int:
+    if code >= 0:
+        return code
+    # A killed process could not say anything itself.
+    name = signal.Signals(-code).name
+    hint = " (out of memory?)" if name == "SIGKILL" else ""
+    sys.stderr.write(f"megatron: rank {rank} was ended by {name}{hint}\n")
+    return 128 - code
+
+
+def _silence_torchrun() -> None:
+    for name in tuple(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _read_launch(environ: Mapping[str, str]) -> Launch:
+    num_nodes = _read_int(environ, "NNODES", default=1, minimum=1)
+    if "NPROC_PER_NODE" not in environ:
+        if num_nodes > 1:
+            raise ValueError(f"NNODES={num_nodes} needs NPROC_PER_NODE (ranks on each node)")
+        return Launch(nproc_per_node=1)
+    if num_nodes > 1:
+        for name in ("NODE_RANK", "MASTER_ADDR"):
+            if name not in environ:
+                raise ValueError(f"NNODES={num_nodes} needs {name} (the same run on each node)")
+    node_rank = _read_int(environ, "NODE_RANK", default=0)
+    if node_rank >= num_nodes:
+        raise ValueError(f"NODE_RANK={node_rank} must be below NNODES={num_nodes}")
+    port = None
+    if "MASTER_PORT" in environ or num_nodes > 1:
+        port = _read_int(environ, "MASTER_PORT", default=_DEFAULT_PORT, minimum=1)
+    return Launch(
+        nproc_per_node=_read_int(environ, "NPROC_PER_NODE", minimum=1),
+        num_nodes=num_nodes,
+        node_rank=node_rank,
+        # On one node the address is this machine, whatever a cluster put there.
+        master_addr=environ["MASTER_ADDR"] if num_nodes > 1 else None,
+        master_port=port,
+    )
+
+
+def _read_slurm(environ: Mapping[str, str]) -> Placement:
+    world_size = _read_int(environ, "SLURM_STEP_NUM_TASKS", minimum=1)
+    if world_size == 1:
+        return Placement()
+    step = "-".join(environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID"))
+    restart = environ.get("SLURM_RESTART_COUNT", "0")
+    return Placement(
+        rank=_read_int(environ, "SLURM_PROCID"),
+        local_rank=_read_int(environ, "SLURM_LOCALID"),
+        world_size=world_size,
+        failure_folder=Path(tempfile.gettempdir()) / f"mtrain-slurm-{step}-{restart}",
+    )
+
+
+def _torchrun_folder(environ: Mapping[str, str]) -> Path | None:
+    if _RUN_FOLDER in environ:
+        return Path(environ[_RUN_FOLDER])
+    # A torchrun that somebody else started gives every rank .../attempt/local_rank/error.json.
+    error_file = environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(error_file).parent.parent if error_file else None
+
+
+def _read_int(
+    environ: Mapping[str, str], name: str, *, default: int | None = None, minimum: int = 0
+) -> int:
+    text = environ.get(name)
+    if text is None:
+        if default is None:
+            raise ValueError(f"the environment variable {name} is missing")
+        return default
+    if not text.strip().isdecimal() or int(text) < minimum:
+        raise ValueError(f"{name}={text}: must be a whole number from {minimum} on")
+    return int(text)
+
+
+def _first_host(nodes: str) -> str:
+    """First host of a Slurm list: `node[03-05,9],other` -> `node03`."""
+    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
+    if match is None:
+        raise ValueError(f"SLURM_STEP_NODELIST={nodes}: set MASTER_ADDR to the first node")
+    return "".join(part or "" for part in match.groups())
