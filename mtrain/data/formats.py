@@ -11,7 +11,7 @@ from typing import Any
 
 from mtrain.data.rows import BadRow, Place, Row
 
-__all__ = ["Conversation", "read_conversations"]
+__all__ = ["Conversation", "Message", "read_conversations"]
 
 Message = dict[str, Any]
 

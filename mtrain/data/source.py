@@ -6,7 +6,7 @@ contents) is part of the cache key; a prepared dataset is then found again witho
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -72,17 +72,22 @@ class Source(Protocol):
         """Rows, file by file."""
 
 
+def _hash_files(paths: Iterable[Path]) -> str:
+    """Hash contents and suffixes, not names or times: a copied dataset is the same dataset."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(path.suffix.lower().encode())
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class _LocalFiles:
     files: tuple[Path, ...]
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for path in self.files:
-            with path.open("rb") as file:
-                digest.update(path.suffix.lower().encode())
-                digest.update(hashlib.file_digest(file, "blake2b").digest())
-        return digest.hexdigest()
+        return _hash_files(self.files)
 
     def parts(self) -> Iterator[Iterator[Row | BadRow]]:
         return (read_rows(path) for path in self.files)
@@ -94,8 +99,7 @@ class _HubDataset:
     dataset: "datasets.Dataset"
 
     def fingerprint(self) -> str:
-        # The public fingerprint of `datasets`: it follows the downloaded files, not the clock.
-        return f"{self.name.hub}:{self.name.path}:{self.name.subset}:{self.dataset._fingerprint}"
+        return _hash_files(Path(file["filename"]) for file in self.dataset.cache_files)
 
     def parts(self) -> Iterator[Iterator[Row | BadRow]]:
         yield (

@@ -1,0 +1,71 @@
+"""The place of prepared data: named by contents, filled by one process at a time.
+
+The one thing to know: a folder of the cache appears under its final name complete or not at all.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import transformers
+
+from mtrain import __version__
+
+__all__ = ["content_key", "default_cache_dir", "locked"]
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+
+
+def default_cache_dir() -> Path:
+    """~/.cache/mtrain."""
+    return Path.home() / ".cache" / "mtrain"
+
+
+def content_key(parts: Mapping[str, Any], *, model_dir: Path) -> str:
+    """Hash settings with the code and the tokenizer files that turn rows into samples.
+
+    Args:
+        parts: JSON values: fingerprints of the sources and the settings; no paths, no times.
+        model_dir: Its tokenizer files and config.json count, its weights do not.
+
+    Returns:
+        32 hexadecimal digits; equal keys mean equal samples.
+    """
+    everything = {
+        **parts,
+        "version": [__version__, transformers.__version__, tokenizers.__version__],
+        "code": [_hash_file(path) for path in sorted(Path(__file__).parent.glob("*.py"))],
+        "tokenizer": [
+            [str(path.relative_to(model_dir)), _hash_file(path)]
+            for pattern in ("*", "additional_chat_templates/*")
+            for path in sorted(model_dir.glob(pattern))
+            if path.suffix in _TOKENIZER_SUFFIXES and not path.name.endswith(".index.json")
+        ],
+    }
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file lock; others wait for it, and it is freed when the process ends in any way."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process to prepare the data (%s)", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
