@@ -150,7 +150,8 @@ class Rule:
         layers: Layers that have it (counted over the whole model); for `place` "layers" only.
         num_experts: Experts that the parameter stacks on its leading axis, each from its own
             Hugging Face tensors; None where there are none.
-        is_duplicate: A second holder of tensors that another rule owns: loaded, never saved.
+        is_duplicate: A second holder of tensors that another rule owns: loaded, never saved. On one
+            pipeline stage Megatron-Core shares the parameter, and there is none.
     """
 
     megatron: str
@@ -171,10 +172,12 @@ class IgnoredKey:
     Attributes:
         pattern: Regular expression for the full name.
         reason: Why nothing is lost, for the user.
+        copy_of: Tensor that must have the same values; None where the values do not matter.
     """
 
     pattern: str
     reason: str
+    copy_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -149,7 +149,11 @@ def _weight_table(decoder: Decoder) -> WeightTable:
     ]
     if decoder.is_tied:
         ignored.append(
-            IgnoredKey(r"lm_head\.weight", "tie_word_embeddings: the embedding is used instead")
+            IgnoredKey(
+                r"lm_head\.weight",
+                "tie_word_embeddings: the embedding is used instead",
+                copy_of="model.embed_tokens.weight",
+            )
         )
     rules = (
         *_embedding(decoder),

@@ -26,11 +26,21 @@ def _experts(hf_config: Mapping[str, Any]) -> Experts:
         for layer in range(positive_int(hf_config, "num_hidden_layers"))
         if layer not in dense and (layer + 1) % step == 0
     )
+    num_experts = positive_int(hf_config, "num_experts")
+    topk = positive_int(hf_config, "num_experts_per_tok")
+    renormalises = boolean(hf_config, "norm_topk_prob", default=False)
+    if topk > num_experts:
+        raise ValueError(f"config.json: a token cannot go to {topk} of {num_experts} experts")
+    if topk == 1 and renormalises:
+        raise ValueError(
+            "config.json: 'norm_topk_prob' with one expert a token leaves the router without a "
+            "gradient; Megatron-Core refuses it"
+        )
     return Experts(
-        num_experts=positive_int(hf_config, "num_experts"),
+        num_experts=num_experts,
         ffn_hidden_size=positive_int(hf_config, "moe_intermediate_size"),
-        topk=positive_int(hf_config, "num_experts_per_tok"),
-        renormalises=boolean(hf_config, "norm_topk_prob", default=False),
+        topk=topk,
+        renormalises=renormalises,
         layers=layers,
     )
 

@@ -1,0 +1,134 @@
+"""Decides which rank writes which tensors into which file, for the whole world at once.
+
+Pure arithmetic that every rank repeats, so saving needs no agreement. A file has one writer and
+never mixes pipeline stages or owners of experts: tensors then only travel inside a tensor-parallel
+group, and no two machines write to one file, which network file systems do not take well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from mtrain.bridge.plan import Shape, TensorHome, locate_tensors
+from mtrain.bridge.rules import WeightTable
+from mtrain.bridge.safetensors_folder import SINGLE_FILE
+from mtrain.bridge.safetensors_header import tensor_bytes
+from mtrain.parallel import ParallelLayout
+
+Group = Literal["tp", "etp"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFile:
+    """One safetensors file to write.
+
+    Attributes:
+        name: Its name in the folder.
+        tensors: Name and shape of its tensors, in order.
+        num_bytes: Size of the tensors together.
+        group: Process group that holds all parts of all its tensors.
+        members: Global ranks of that group, in the order of the group.
+        writer: The member that writes the file.
+    """
+
+    name: str
+    tensors: tuple[tuple[str, Shape], ...]
+    num_bytes: int
+    group: Group
+    members: tuple[int, ...]
+    writer: int
+
+
+def plan_files(
+    table: WeightTable, *, layout: ParallelLayout, dtype: str, max_shard_size: int
+) -> tuple[WeightFile, ...]:
+    """Plans all files of a checkpoint.
+
+    Files go to the member of the group with the fewest bytes to write so far, over all its data
+    parallel copies.
+
+    Args:
+        table: Weights of the model.
+        layout: Parallel sizes.
+        dtype: Dtype of the tensors in the words of the format, e.g. "BF16".
+        max_shard_size: Most bytes of tensors in a file; a larger tensor has a file for itself.
+
+    Raises:
+        ValueError: The model cannot be split that way.
+    """
+    holders = _holders(layout)
+    load = [0] * layout.world_size
+    files: list[WeightFile] = []
+    for owner, homes in _by_owner(table, layout).items():
+        group: Group = "tp" if owner[1] is None else "etp"
+        for tensors, num_bytes in _cut(homes, dtype=dtype, max_shard_size=max_shard_size):
+            candidates = [(load[rank], rank) for members in holders[owner] for rank in members]
+            writer = min(candidates)[1]
+            load[writer] += num_bytes
+            members = next(members for members in holders[owner] if writer in members)
+            files.append(
+                WeightFile(
+                    name="",
+                    tensors=tensors,
+                    num_bytes=num_bytes,
+                    group=group,
+                    members=members,
+                    writer=writer,
+                )
+            )
+    return tuple(_named(files))
+
+
+_Owner = tuple[int, int | None]
+
+
+def _by_owner(table: WeightTable, layout: ParallelLayout) -> dict[_Owner, list[TensorHome]]:
+    """Tensors by pipeline stage and, where experts are apart, expert-parallel rank."""
+    experts_apart = layout.ep_size > 1 or layout.etp_size != layout.tp_size
+    owners: dict[_Owner, list[TensorHome]] = {}
+    for home in locate_tensors(table, layout=layout):
+        ep_rank = home.ep_rank if experts_apart else None
+        owners.setdefault((home.pp_rank, ep_rank), []).append(home)
+    return owners
+
+
+def _holders(layout: ParallelLayout) -> dict[_Owner, list[tuple[int, ...]]]:
+    """The groups that hold all parts of an owner's tensors: one for each data-parallel copy."""
+    dense: dict[tuple[int, int, int], list[int]] = {}
+    expert: dict[tuple[int, int, int], list[int]] = {}
+    for rank in range(layout.world_size):
+        at = layout.coordinates(rank)
+        dense.setdefault((at.pp_rank, at.dp_rank, at.cp_rank), []).append(rank)
+        expert.setdefault((at.pp_rank, at.ep_rank, at.edp_rank), []).append(rank)
+    holders: dict[_Owner, list[tuple[int, ...]]] = {}
+    for (pp_rank, _, _), ranks in dense.items():
+        holders.setdefault((pp_rank, None), []).append(tuple(ranks))
+    for (pp_rank, ep_rank, _), ranks in expert.items():
+        holders.setdefault((pp_rank, ep_rank), []).append(tuple(ranks))
+    return holders
+
+
+def _cut(
+    homes: Iterable[TensorHome], *, dtype: str, max_shard_size: int
+) -> Iterator[tuple[tuple[tuple[str, Shape], ...], int]]:
+    """Cuts a list of tensors into files, in order."""
+    tensors: list[tuple[str, Shape]] = []
+    total = 0
+    for home in homes:
+        num_bytes = tensor_bytes(dtype, home.shape)
+        if tensors and total + num_bytes > max_shard_size:
+            yield tuple(tensors), total
+            tensors, total = [], 0
+        tensors.append((home.name, home.shape))
+        total += num_bytes
+    yield tuple(tensors), total
+
+
+def _named(files: list[WeightFile]) -> Iterator[WeightFile]:
+    for number, file in enumerate(files, start=1):
+        name = SINGLE_FILE
+        if len(files) > 1:
+            name = f"model-{number:05}-of-{len(files):05}.safetensors"
+        yield replace(file, name=name)

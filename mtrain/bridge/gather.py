@@ -1,0 +1,196 @@
+"""Brings blocks of Hugging Face tensors from the ranks that hold parts of them to a writer.
+
+The one thing to know: all members of a group call `gather` with the same buckets in the same order,
+and each computes from the plans of the others what they send, so only weights are sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.distributed as dist
+
+from mtrain.bridge.plan import ParameterPlan, Plan, Shape
+from mtrain.bridge.slices import view_box
+from mtrain.bridge.spans import Piece, box_shape, box_size, clip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Consecutive rows of a Hugging Face tensor.
+
+    Attributes:
+        name: Name of the tensor.
+        start: First row.
+        shape: Shape of the block.
+        is_whole: Whether it is all of the tensor.
+    """
+
+    name: str
+    start: int
+    shape: Shape
+    is_whole: bool
+
+
+Bucket = tuple[Block, ...]
+TensorLookup = Callable[[int, str], torch.Tensor]
+_Source = tuple[ParameterPlan, Piece]
+
+
+def make_buckets(tensors: tuple[tuple[str, Shape], ...], *, max_elements: int) -> Iterator[Bucket]:
+    """Cuts tensors into buckets, keeping their order.
+
+    Args:
+        tensors: Name and shape of each.
+        max_elements: Most elements of a bucket, unless a single row has more.
+    """
+    bucket: list[Block] = []
+    room = max_elements
+    for name, shape in tensors:
+        row_size = max(1, prod(shape[1:]))
+        rows_at_once = max(1, max_elements // row_size)
+        for start in range(0, shape[0], rows_at_once):
+            num_rows = min(rows_at_once, shape[0] - start)
+            if bucket and num_rows * row_size > room:
+                yield tuple(bucket)
+                bucket, room = [], max_elements
+            block = Block(
+                name=name,
+                start=start,
+                shape=(num_rows, *shape[1:]),
+                is_whole=num_rows == shape[0],
+            )
+            bucket.append(block)
+            room -= num_rows * row_size
+    if bucket:
+        yield tuple(bucket)
+
+
+class BlockGatherer:
+    """Gathers buckets inside one process group.
+
+    Args:
+        plans: Plan of every member, in the order of the group.
+        me: Index of this rank in the group.
+        group: The process group; not used when there is one member.
+        lookup: Gives the local tensor of a parameter: (chunk, name) -> tensor.
+        dtype: Dtype of the tensors.
+        device: Where they are.
+    """
+
+    def __init__(
+        self,
+        plans: list[Plan],
+        *,
+        me: int,
+        group: dist.ProcessGroup,
+        lookup: TensorLookup,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._sources = [_sources_by_name(plan) for plan in plans]
+        self._me = me
+        self._group = group
+        self._lookup = lookup
+        self._dtype = dtype
+        self._device = device
+
+    def gather(self, bucket: Bucket, *, writer: int) -> torch.Tensor | None:
+        """Puts a bucket together on one member.
+
+        Args:
+            bucket: What to gather.
+            writer: Index of the member that gets it.
+
+        Returns:
+            The elements of the blocks one after the other, on the writer; None on the others.
+        """
+        parts = [self._parts(member, bucket, writer) for member in range(len(self._sources))]
+        sizes = [sum(box_size(piece.hf) for _, _, piece in part) for part in parts]
+        mine = self._pack(parts[self._me], size=max(sizes))
+        # Nothing is sent when only the writer has a part, as in a bucket of norms.
+        if any(size for member, size in enumerate(sizes) if member != writer):
+            received = self._exchange(mine, num_members=len(sizes), writer=writer)
+        else:
+            received = [mine] * len(sizes)
+        if self._me != writer:
+            return None
+        whole = torch.empty(
+            sum(prod(block.shape) for block in bucket), dtype=self._dtype, device=self._device
+        )
+        views = _split(whole, [block.shape for block in bucket])
+        for part, packed in zip(parts, received, strict=True):
+            shapes = [box_shape(piece.hf) for _, _, piece in part]
+            for (index, _, piece), source in zip(part, _split(packed, shapes), strict=True):
+                target = view_box(views[index], piece.hf)
+                target.copy_(source.view(target.shape))
+        return whole
+
+    def _parts(
+        self, member: int, bucket: Bucket, writer: int
+    ) -> list[tuple[int, ParameterPlan, Piece]]:
+        """What a member contributes: (index of the block, parameter, piece inside the block)."""
+        return [
+            (index, parameter, part)
+            for index, block in enumerate(bucket)
+            for parameter, piece in self._sources[member].get(block.name, ())
+            # All members hold the same of what is not split; the writer takes its own.
+            if parameter.split_over or member == writer
+            for part in _within(piece, block)
+        ]
+
+    def _pack(self, part: list[tuple[int, ParameterPlan, Piece]], *, size: int) -> torch.Tensor:
+        packed = torch.empty(size, dtype=self._dtype, device=self._device)
+        shapes = [box_shape(piece.hf) for _, _, piece in part]
+        for (_, parameter, piece), target in zip(part, _split(packed, shapes), strict=True):
+            tensor = self._lookup(parameter.chunk, parameter.name)
+            assert tensor.dtype == self._dtype, f"{parameter.name} is {tensor.dtype}"
+            source = view_box(tensor, piece.local, expert=piece.expert)
+            target.view(source.shape).copy_(source)
+        return packed
+
+    def _exchange(self, mine: torch.Tensor, *, num_members: int, writer: int) -> list[torch.Tensor]:
+        # As bytes: not every backend knows every dtype.
+        data = mine.view(torch.uint8)
+        received = None
+        if self._me == writer:
+            received = [torch.empty_like(data) for _ in range(num_members)]
+        dist.gather(data, received, group=self._group, group_dst=writer)
+        return [] if received is None else [packed.view(self._dtype) for packed in received]
+
+
+def _sources_by_name(plan: Plan) -> Mapping[str, list[_Source]]:
+    sources: dict[str, list[_Source]] = {}
+    for parameter in plan:
+        if not parameter.is_duplicate:
+            for piece in parameter.pieces:
+                sources.setdefault(piece.hf_name, []).append((parameter, piece))
+    return sources
+
+
+def _within(piece: Piece, block: Block) -> list[Piece]:
+    """The part of a piece that lies in a block, with rows counted from the block's first."""
+    if block.is_whole:
+        return [piece]
+    rows = clip(piece.hf[0], piece.local[0], start=block.start, stop=block.start + block.shape[0])
+    return [
+        Piece(
+            piece.hf_name,
+            (theirs.shifted(-block.start), *piece.hf[1:]),
+            (ours, *piece.local[1:]),
+            piece.expert,
+        )
+        for theirs, ours in rows
+    ]
+
+
+def _split(flat: torch.Tensor, shapes: list[Shape]) -> list[torch.Tensor]:
+    """Cuts consecutive tensors out of a flat one."""
+    views, end = [], 0
+    for shape in shapes:
+        begin, end = end, end + prod(shape)
+        views.append(flat[begin:end].view(shape))
+    return views

@@ -1,0 +1,190 @@
+"""Saves the model chunks of all ranks as one Hugging Face checkpoint, in bounded memory.
+
+Tensors travel to the writer of their file in buckets of rows, inside their tensor-parallel group
+only. Pipeline stages and expert-parallel ranks write their own; data-parallel copies share the work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+
+from mtrain.bridge.file_plan import WeightFile, plan_files
+from mtrain.bridge.gather import BlockGatherer, Bucket, make_buckets
+from mtrain.bridge.plan import Backend, plan_rank
+from mtrain.bridge.rules import WeightTable
+from mtrain.bridge.safetensors_folder import INDEX_FILE
+from mtrain.bridge.safetensors_writer import SafetensorsWriter
+from mtrain.bridge.slices import tensors_by_name
+from mtrain.parallel import ParallelState
+
+BUCKET_BYTES = 128 * 2**20
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def save_weights(
+    chunks: Sequence[torch.nn.Module],
+    folder: Path,
+    *,
+    table: WeightTable,
+    state: ParallelState,
+    backend: Backend,
+    dtype: torch.dtype,
+    max_shard_size: int,
+    bucket_bytes: int = BUCKET_BYTES,
+) -> tuple[str, ...]:
+    """Writes the weights of the bare model chunks of all ranks; see `save_tensors`.
+
+    The chunks are only read.
+    """
+    return save_tensors(
+        tensors_by_name(chunks),
+        folder,
+        table=table,
+        state=state,
+        backend=backend,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        bucket_bytes=bucket_bytes,
+    )
+
+
+def save_tensors(
+    tensors: Sequence[Mapping[str, torch.Tensor]],
+    folder: Path,
+    *,
+    table: WeightTable,
+    state: ParallelState,
+    backend: Backend,
+    dtype: torch.dtype,
+    max_shard_size: int,
+    bucket_bytes: int = BUCKET_BYTES,
+) -> tuple[str, ...]:
+    """Writes tensors that are laid out like the weights of the model.
+
+    All ranks call it. When it returns, the files of this rank are on disk, those of other ranks
+    perhaps not yet.
+
+    Args:
+        tensors: For each model chunk, its tensors by Megatron name. They are looked up when they
+            are needed, so they may be computed then; names that no rule knows are never asked for.
+        folder: An existing folder without weight files.
+        table: Weights of the model.
+        state: This rank in the layout.
+        backend: Spelling of the norms.
+        dtype: Dtype of all the tensors.
+        max_shard_size: Most bytes of tensors in a file.
+        bucket_bytes: Most bytes that are moved at once, unless a single row is larger. Memory in
+            use stays below four times that.
+
+    Returns:
+        Names of all files of the checkpoint, the index among them; the same on every rank.
+    """
+    layout = state.layout
+    files = plan_files(
+        table, layout=layout, dtype=_DTYPE_NAMES[dtype], max_shard_size=max_shard_size
+    )
+    # Every rank is in one group of each kind. Going through all files of one kind first keeps the
+    # order of collectives the same for everybody.
+    for kind, group in (("tp", state.groups.tp), ("etp", state.groups.etp)):
+        mine = [file for file in files if file.group == kind and state.rank in file.members]
+        if not mine:
+            continue
+        members = mine[0].members
+        gatherer = BlockGatherer(
+            [plan_rank(table, layout=layout, rank=rank, backend=backend) for rank in members],
+            me=members.index(state.rank),
+            group=group,
+            lookup=lambda chunk, name: tensors[chunk][name],
+            dtype=dtype,
+            device=state.device,
+        )
+        _write_files(mine, folder, gatherer, rank=state.rank, dtype=dtype, max_bytes=bucket_bytes)
+    names = tuple(file.name for file in files)
+    if len(files) == 1:
+        return names
+    if state.rank == 0:
+        _write_index(folder / INDEX_FILE, files)
+    return (*names, INDEX_FILE)
+
+
+@torch.no_grad()
+def _write_files(
+    files: list[WeightFile],
+    folder: Path,
+    gatherer: BlockGatherer,
+    *,
+    rank: int,
+    dtype: torch.dtype,
+    max_bytes: int,
+) -> None:
+    staging = _HostBuffer()
+    max_elements = max(1, max_bytes // dtype.itemsize)
+    with ExitStack() as stack:
+        writers = {
+            file.name: stack.enter_context(
+                SafetensorsWriter(
+                    folder / file.name,
+                    [(name, _DTYPE_NAMES[dtype], shape) for name, shape in file.tensors],
+                )
+            )
+            for file in files
+            if file.writer == rank
+        }
+        for file, bucket in _in_turns(files, max_elements=max_elements):
+            gathered = gatherer.gather(bucket, writer=file.members.index(file.writer))
+            if gathered is not None:
+                writers[file.name].append(staging.bytes_of(gathered))
+
+
+def _in_turns(files: list[WeightFile], *, max_elements: int) -> Iterator[tuple[WeightFile, Bucket]]:
+    """A bucket for each writer in turn, so that one can write while others gather."""
+    of_writer: dict[int, list[WeightFile]] = {}
+    for file in files:
+        of_writer.setdefault(file.writer, []).append(file)
+    streams = [_buckets_of(queue, max_elements=max_elements) for queue in of_writer.values()]
+    for turn in zip_longest(*streams):
+        yield from (item for item in turn if item is not None)
+
+
+def _buckets_of(
+    files: list[WeightFile], *, max_elements: int
+) -> Iterator[tuple[WeightFile, Bucket]]:
+    for file in files:
+        for bucket in make_buckets(file.tensors, max_elements=max_elements):
+            yield file, bucket
+
+
+class _HostBuffer:
+    """Brings tensors to the CPU through one page-locked buffer, which a GPU fills fastest."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def bytes_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The bytes of a flat tensor; valid until the next call."""
+        data = tensor.view(torch.uint8)
+        if not data.is_cuda:
+            return data
+        if self._buffer.numel() < data.numel():
+            self._buffer = torch.empty(data.numel(), dtype=torch.uint8, pin_memory=True)
+        return self._buffer[: data.numel()].copy_(data)
+
+
+def _write_index(path: Path, files: Sequence[WeightFile]) -> None:
+    weight_map = {name: file.name for file in files for name, _ in file.tensors}
+    content = {
+        "metadata": {"total_size": sum(file.num_bytes for file in files)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    with path.open("x", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
