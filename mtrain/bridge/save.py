@@ -1,7 +1,7 @@
 """Saves the model chunks of all ranks as one Hugging Face checkpoint, in bounded memory.
 
 Tensors travel to the writer of their file in buckets of rows, inside their tensor-parallel group
-only. Pipeline stages and expert-parallel ranks write their own; data-parallel copies share the work.
+only. Pipeline stages and expert-parallel ranks write their own; data-parallel copies share.
 """
 
 from __future__ import annotations
