@@ -8,6 +8,8 @@ import torch
 
 from mtrain.bridge.families import find_family
 from mtrain.bridge.load import load_weights
+from mtrain.bridge.plan import weight_table
+from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.config import ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
 from mtrain.model.build import build_model, transformer_config
 from mtrain.model.gpt import LanguageModel
@@ -42,7 +44,14 @@ def load_model(
         backend="torch",
     )
     chunks = build_model(described, config, state, backend="torch")
-    load_weights(chunks, folder=folder, hf_config=hf_config, state=state, backend="torch")
+    load_weights(
+        chunks,
+        open_checkpoint(folder),
+        table=weight_table(hf_config),
+        layout=layout,
+        rank=state.rank,
+        backend="torch",
+    )
     return chunks
 
 

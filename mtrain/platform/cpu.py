@@ -1,8 +1,9 @@
-"""Stand-ins for `torch.cuda` that let Megatron-Core run where there is no GPU.
+"""Stand-ins that let Megatron-Core run without a GPU and without Transformer Engine.
 
 Megatron-Core 0.16.1 names CUDA outright: `torch.cuda.current_device()`, `device="cuda"`, streams,
-CUDA random states, `'torch.cuda.FloatTensor'`. This file is the one place that patches other
-libraries. It acts only where `torch.cuda.is_available()` is false, so a GPU run never sees it.
+CUDA random states, `'torch.cuda.FloatTensor'`; and in two places it uses names that only exist when
+Transformer Engine is installed. This file is the one place that patches other libraries. Where
+there is a GPU with Transformer Engine it changes nothing.
 Each stand-in says which call needs it; the rest of mtrain asks `mtrain.platform.device`.
 """
 
@@ -173,22 +174,27 @@ def eager_fusions() -> Iterator[None]:
         torch.compile = compile_function
 
 
-def mend_token_dispatch() -> None:
-    """Two CPU gaps in Megatron-Core's mixture-of-experts code.
-
-    `moe_utils` uses `te_general_gemm` without defining it when Transformer Engine is absent, and
-    `maybe_move_tensor_to_cpu(as_numpy=True)` leaves tensors that are on the CPU already as
-    tensors, which `all_to_all_single` then rejects as split sizes.
-    """
+def mend_megatron() -> None:
+    """Fills what Megatron-Core leaves undefined without Transformer Engine or without a GPU."""
+    from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    if not hasattr(moe_utils, "te_general_gemm"):
+    if not random.HAVE_TE:
+        # The router asks whether the name is None; it is not defined at all.
         moe_utils.te_general_gemm = None
-    if torch.cuda.is_available():
-        return
+        # Recomputing a norm or an activation always enters the contexts of 8-bit training.
+        random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
+        random.activation_recompute_forward = _no_context
+        random.fp8_autocast = _no_context
+    if not torch.cuda.is_available():
+        token_dispatcher.maybe_move_tensor_to_cpu = _as_split_sizes
 
-    def move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        del record_stream
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
+def _no_context(**_options: object) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def _as_split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron-Core's leaves CPU tensors alone, which `all_to_all_single` rejects as sizes."""
+    del record_stream
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor

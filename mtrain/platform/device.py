@@ -89,7 +89,7 @@ def prepare_megatron() -> None:
             import megatron.core.models.gpt.gpt_layer_specs
             import megatron.core.optimizer
             import megatron.core.pipeline_parallel.schedules  # noqa: F401
-    cpu.mend_token_dispatch()
+    cpu.mend_megatron()
 
 
 @functools.cache

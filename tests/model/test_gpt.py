@@ -1,0 +1,119 @@
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mtrain.config import TrainingConfig
+from mtrain.parallel import ParallelLayout
+from tests.megatron import load_model, packed_inputs
+from tests.ranks import run_ranks
+from tests.tiny import TINY, make_checkpoint
+
+LENGTHS = [7, 1, 12, 20]
+VOCAB = 131
+
+
+def logits_and_loss(state, folder):
+    (model,) = load_model(state, folder)
+    inputs = packed_inputs(LENGTHS, VOCAB)
+    labels = inputs.pop("labels")
+    with torch.no_grad():
+        logits = model(**inputs)
+        losses, correct = model(**inputs, labels=labels)
+    return logits, losses, correct
+
+
+def hugging_face_logits(folder, input_ids, lengths):
+    """Each document on its own through Hugging Face's class, put side by side."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return torch.cat([model(ids[None]).logits for ids in input_ids[0].split(lengths)], dim=1)
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_logits_loss_and_accuracy_equal_hugging_face(name, tmp_path):
+    """T42, and T41's packed loss against unpacked documents."""
+    folder = make_checkpoint(tmp_path, name)
+    ((logits, losses, correct),) = run_ranks(ParallelLayout(), logits_and_loss, folder)
+    inputs = packed_inputs(LENGTHS, VOCAB)
+    expected = hugging_face_logits(folder, inputs["input_ids"], LENGTHS)
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    labels = inputs["labels"]
+    expected_loss = F.cross_entropy(expected.transpose(1, 2), labels, ignore_index=-100)
+    num_labels = (labels != -100).sum()
+    torch.testing.assert_close(losses.sum() / num_labels, expected_loss, rtol=1e-5, atol=0)
+    assert torch.equal(correct, expected.argmax(-1) == labels)
+
+
+def test_half_precision_stays_near_hugging_face(tmp_path):
+    folder = make_checkpoint(tmp_path, "qwen3", dtype="bfloat16")
+    (logits,) = run_ranks(ParallelLayout(), bfloat16_logits, folder)
+    expected = hugging_face_logits(folder, packed_inputs(LENGTHS, VOCAB)["input_ids"], LENGTHS)
+    cosine = F.cosine_similarity(logits.float().flatten(), expected.flatten(), dim=0)
+    assert cosine > 0.999
+
+
+def bfloat16_logits(state, folder):
+    (model,) = load_model(state, folder, dtype=torch.bfloat16)
+    inputs = packed_inputs(LENGTHS, VOCAB)
+    del inputs["labels"]
+    with torch.no_grad():
+        return model(**inputs)
+
+
+def gradients_of_documents(state, folder: Path, other_document: bool):
+    """Logits and embedding gradients of document 1 when document 0 is one or the other."""
+    (model,) = load_model(state, folder)
+    inputs = packed_inputs(LENGTHS, VOCAB)
+    if other_document:
+        inputs["input_ids"][0, :7] = (inputs["input_ids"][0, :7] + 1) % VOCAB
+    labels = inputs.pop("labels")
+    labels[0, :7] = -100
+    embedded = []
+    model.embedding.register_forward_hook(lambda _m, _i, output: embedded.append(output))
+    losses, _ = model(**inputs, labels=labels)
+    (grad,) = torch.autograd.grad(losses.sum(), embedded)
+    return losses.detach(), grad
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_documents_of_a_pack_do_not_leak_into_each_other(name, tmp_path):
+    """T41: another first document changes nothing about the rest, forward and backward."""
+    folder = make_checkpoint(tmp_path, name)
+    (first,) = run_ranks(ParallelLayout(), gradients_of_documents, folder, False)
+    (second,) = run_ranks(ParallelLayout(), gradients_of_documents, folder, True)
+    torch.testing.assert_close(first[0][:, 7:], second[0][:, 7:], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(first[1][7:], second[1][7:], rtol=1e-5, atol=1e-6)
+    assert torch.count_nonzero(first[1][:7]) == 0
+
+
+def gradient_with(state, folder, training):
+    (model,) = load_model(state, folder, training=training)
+    model.train()
+    losses, _ = model(**packed_inputs(LENGTHS, VOCAB))
+    losses.sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "training",
+    [
+        TrainingConfig(recompute_granularity="full"),
+        TrainingConfig(
+            recompute_granularity="full", recompute_method="block", recompute_num_layers=2
+        ),
+        TrainingConfig(recompute_granularity="selective"),
+        TrainingConfig(recompute_granularity="selective", recompute_modules=("layernorm", "mlp")),
+    ],
+    ids=["full", "block", "core_attn", "layernorm_mlp"],
+)
+def test_recomputation_does_not_change_gradients(name, training, tmp_path):
+    folder = make_checkpoint(tmp_path, name)
+    (expected,) = run_ranks(ParallelLayout(), gradient_with, folder, TrainingConfig())
+    (grads,) = run_ranks(ParallelLayout(), gradient_with, folder, training)
+    for parameter, grad in expected.items():
+        assert torch.equal(grads[parameter], grad), parameter
