@@ -264,7 +264,8 @@ def _encoded_chunks(
     encoder: Encoder, rows: Sequence[Conversation], *, num_proc: int
 ) -> Iterator[list[Encoded | Drop]]:
     chunks = [rows[start : start + _CHUNK_ROWS] for start in range(0, len(rows), _CHUNK_ROWS)]
-    num_proc = min(num_proc, len(chunks))
+    # A worker takes seconds to start, about as long as it needs for eight chunks.
+    num_proc = min(num_proc, len(chunks) // 8)
     if num_proc <= 1:
         yield from map(encoder.encode, chunks)
         return
