@@ -26,7 +26,8 @@ def _experts(hf_config: Mapping[str, Any]) -> Experts:
         for layer in range(positive_int(hf_config, "num_hidden_layers"))
         if layer not in dense and (layer + 1) % step == 0
     )
-    num_experts = positive_int(hf_config, "num_experts")
+    # transformers 5 writes num_local_experts, published checkpoints have num_experts.
+    num_experts = positive_int(hf_config, "num_experts", hf_config.get("num_local_experts"))
     topk = positive_int(hf_config, "num_experts_per_tok")
     renormalises = boolean(hf_config, "norm_topk_prob", default=False)
     if topk > num_experts:
