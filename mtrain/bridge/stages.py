@@ -44,4 +44,5 @@ def _layers_of_stages(num_layers: int, layout: ParallelLayout) -> list[int]:
             f"{num_layers} layers cannot be spread evenly over {layout.pp_size} pipeline stages"
             + named
         )
-    return [*head, *([rest // num_even] * num_even), *tail]
+    even = [rest // num_even] * num_even if num_even else []
+    return [*head, *even, *tail]
