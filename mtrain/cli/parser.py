@@ -155,7 +155,7 @@ def _convert(spec: FlagSpec, texts: list[str]) -> Any:
     if hint is bool and not texts:
         return True
     if len(texts) != 1:
-        raise ValueError(f"--{spec.name} needs one value, got {len(texts)}: {' '.join(texts)}")
+        raise ValueError(f"--{spec.name} needs one value, got {texts or 'none'}")
     return _convert_one(spec.name, hint, texts[0])
 
 

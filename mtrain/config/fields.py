@@ -6,6 +6,7 @@ so a setting is described once.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, get_type_hints
 
@@ -104,8 +105,8 @@ def _check_item(name: str, item: Any, metadata: Mapping[str, Any]) -> None:
         raise ValueError(f"--{name} {item}: must be one of {', '.join(choices)}")
     if not isinstance(item, int | float):
         return
-    if item != item:
-        raise ValueError(f"--{name} {item}: must be a number")
+    if not math.isfinite(item):
+        raise ValueError(f"--{name} {item}: must be a finite number")
     minimum, maximum = metadata["minimum"], metadata["maximum"]
     if minimum is not None and item < minimum:
         raise ValueError(f"--{name} {item}: must be at least {minimum}")

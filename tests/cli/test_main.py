@@ -1,0 +1,224 @@
+"""The `megatron` command: what it answers, and what it starts with which arguments."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import mtrain.cli
+from mtrain import __version__
+from mtrain.cli import main as main_module
+from mtrain.cli.launch import Launch, Placement
+from mtrain.cli.main import main
+from mtrain.config import SftConfig
+
+ROOT = Path(__file__).parents[2]
+HF_CONFIG = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 10,
+}
+LAUNCHER_NAMES = ("NPROC_PER_NODE", "NNODES", "LOCAL_RANK", "RANK", "WORLD_SIZE", "SLURM_PROCID")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LAUNCHER_NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def run_words(tmp_path: Path) -> list[str]:
+    """Words of a run whose files exist."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(HF_CONFIG))
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    return [
+        *("sft", "--model", str(model), "--dataset", f"{tmp_path / 'data.jsonl'}#5"),
+        *("--train_iters", "2", "--output_dir", str(tmp_path / "a" / "b")),
+    ]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
+    """Replaces training and launching; lists what was called."""
+    calls: list[tuple[str, object]] = []
+
+    def prepare(config: SftConfig, *, local_rank_zero: bool) -> None:
+        calls.append(("prepare", local_rank_zero))
+
+    def run(config: SftConfig) -> int:
+        calls.append(("run", config))
+        return 0
+
+    def launch_ranks(launch: Launch, words: list[str]) -> int:
+        calls.append(("launch", (launch, words)))
+        return 7
+
+    sft = SimpleNamespace(prepare=prepare, run=run)
+    monkeypatch.setitem(sys.modules, "mtrain.cli.sft", sft)
+    monkeypatch.setattr(mtrain.cli, "sft", sft, raising=False)
+    monkeypatch.setattr(main_module, "launch_ranks", launch_ranks)
+    return calls
+
+
+def error_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+    for words in ([], ["--help"], ["-h"], ["help"]):
+        assert main(words) == 0
+        assert "sft" in capsys.readouterr().out
+    for command in ("sft", "export"):
+        assert main([command, "--help"]) == 0
+        assert "--tensor_model_parallel_size" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "megatron stf: error: unknown command" in error_of(["stf"], capsys)
+
+
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_of(["sft", "--lrr", "1"], capsys)
+    assert line == "megatron sft: error: unknown flag --lrr: did you mean --lr?\n"
+
+
+def test_export_is_checked_and_then_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "exactly one of --to_hf true" in error_of(["export", "--model", "a/b"], capsys)
+    assert "comes with a later release" in error_of(["export", "--to_hf", "true"], capsys)
+
+
+def test_one_rank_trains_in_this_process(run_words, started) -> None:
+    assert main(run_words) == 0
+    assert [name for name, _ in started] == ["prepare", "run"]
+    config = started[1][1]
+    assert isinstance(config, SftConfig)
+    assert config.optimizer.lr == 1e-5
+    assert not Path(config.checkpoint.output_dir).exists()
+
+
+def test_nproc_per_node_starts_ranks_after_preparing(run_words, started, monkeypatch) -> None:
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    assert main([*run_words, "--pipeline_model_parallel_size", "2"]) == 7
+    name, (launch, words) = started[-1]
+    assert started[0] == ("prepare", True)
+    assert (name, launch) == ("launch", Launch(nproc_per_node=2))
+    assert words[:3] == ["-m", "mtrain.cli.main", "sft"]
+    assert words[3:-2] == run_words[1:]
+
+
+@pytest.mark.parametrize(
+    ("placement", "expected"),
+    [
+        (Placement(rank=1, local_rank=1, world_size=2), [("prepare", False), "run"]),
+        (Placement(rank=2, local_rank=0, world_size=4), [("prepare", True), "run"]),
+        (Placement(rank=0, local_rank=0, world_size=2, is_prepared=True), ["run"]),
+    ],
+)
+def test_ranks_prepare_unless_their_launcher_did(
+    run_words, started, monkeypatch, placement: Placement, expected: list
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", str(placement.local_rank))
+    monkeypatch.setattr(main_module, "read_environment", lambda: placement)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    assert main(run_words) == 0
+    assert [call if call[0] == "prepare" else call[0] for call in started] == expected
+
+
+def edit_model(change: dict[str, object]) -> Callable[[list[str]], None]:
+    def edit(words: list[str]) -> None:
+        path = Path(words[2]) / "config.json"
+        path.write_text(json.dumps(HF_CONFIG | change))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "extra", "message"),
+    [
+        (None, ["--tuner_type", "lora"], "--tuner_type lora: LoRA comes with a later release"),
+        (None, ["--lr_decay_style", "cosin"], "--lr_decay_style cosin: must be one of constant"),
+        (None, ["--tensor_model_parallel_size", "2"], "set NPROC_PER_NODE (x NNODES) to a multip"),
+        (None, ["--dataset", "missing.jsonl"], "--dataset missing.jsonl: no such file"),
+        (None, ["--model", "./missing"], "--model ./missing: no such folder"),
+        (lambda words: (Path(words[2]) / "config.json").unlink(), [], "config.json is missing"),
+        (edit_model({"num_local_experts": 3}), ["--expert_model_parallel_size", "1"], None),
+    ],
+)
+def test_nothing_starts_when_a_check_fails(
+    run_words, started, capsys, edit, extra: list[str], message: str | None
+) -> None:
+    if edit is not None:
+        edit(run_words)
+    if message is None:
+        assert main([*run_words, *extra]) == 0
+        return
+    assert message in error_of([*run_words, *extra], capsys)
+    assert started == []
+
+
+def test_output_below_a_file_is_refused_and_nothing_is_created(
+    run_words, started, capsys, tmp_path
+) -> None:
+    (tmp_path / "a").write_text("")
+    before = sorted(tmp_path.iterdir())
+    assert "is not a folder" in error_of(run_words, capsys)
+    assert (started, sorted(tmp_path.iterdir())) == ([], before)
+
+
+def test_a_fault_of_a_library_keeps_its_traceback(run_words, started, monkeypatch) -> None:
+    monkeypatch.setattr(mtrain.cli.sft, "run", lambda config: json.loads("{"))
+    with pytest.raises(json.JSONDecodeError):
+        main(run_words)
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mtrain.cli.main", "sft", "--model"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "megatron sft: error: --model needs one value, got none\n"
+
+
+def test_a_mistake_on_every_rank_is_printed_once(tmp_path) -> None:
+    """T32: ranks started by a torchrun of the user's own."""
+    environ = {"PATH": "/usr/bin:/bin", "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    results = [
+        subprocess.run(
+            [sys.executable, "-m", "mtrain.cli.main", "sft", "--lr", "x"],
+            env=environ
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "TORCHELASTIC_ERROR_FILE": str(tmp_path / "attempt_0" / str(rank) / "error.json"),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for rank in range(2)
+    ]
+    assert [done.returncode for done in results] == [2, 2]
+    assert [done.stderr for done in results] == [
+        "megatron sft: error: --lr x: must be a number\n",
+        "",
+    ]

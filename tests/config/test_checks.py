@@ -1,0 +1,184 @@
+"""Combinations that cannot work are refused in one line, others are not."""
+
+import dataclasses
+
+import pytest
+
+from mtrain.config import (
+    DataConfig,
+    ExportConfig,
+    ExportOptions,
+    ModelConfig,
+    SftConfig,
+    TrainingConfig,
+    resolve_export,
+    resolve_sft,
+)
+from mtrain.config.checks import check_export, check_sft
+
+VALID = SftConfig(
+    model=ModelConfig(model="owner/name"),
+    data=DataConfig(dataset=("owner/data",)),
+    training=TrainingConfig(train_iters=100),
+)
+SECTION_OF = {
+    name: part.name
+    for part in dataclasses.fields(SftConfig)
+    for name in getattr(VALID, part.name).__dataclass_fields__
+}
+
+
+def changed(**flags: object) -> SftConfig:
+    config = VALID
+    for name, value in flags.items():
+        section = dataclasses.replace(getattr(config, SECTION_OF[name]), **{name: value})
+        config = dataclasses.replace(config, **{SECTION_OF[name]: section})
+    return config
+
+
+def check(*, world_size: int = 1, **flags: object) -> None:
+    check_sft(resolve_sft(changed(**flags)), world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"train_iters": None, "num_train_epochs": 1},
+        {"packing": True, "max_length": 128},
+        {"packing": True, "packing_length": 128},
+        {"packing": True, "packing_length": 128, "max_length": 64},
+        {"recompute_granularity": "full"},
+        {"recompute_granularity": "selective", "recompute_modules": ("mlp", "layernorm")},
+        {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 10},
+        {
+            "weight_decay_incr_style": "linear",
+            "start_weight_decay": 0.0,
+            "end_weight_decay": 0.1,
+        },
+        {"lr_warmup_fraction": 0.1},
+        {"lr_warmup_iters": 99},
+        {"world_size": 4, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+        {"world_size": 4, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
+        {"world_size": 16},
+        {
+            "world_size": 2,
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+        },
+    ],
+)
+def test_good_combinations_pass(flags: dict[str, object]) -> None:
+    check(**flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"model": None}, "--model is missing"),
+        ({"dataset": ()}, "--dataset is missing"),
+        ({"train_iters": None}, "give --num_train_epochs or --train_iters"),
+        ({"micro_batch_size": 0}, "--micro_batch_size 0: must be at least 1"),
+        ({"tuner_type": "lora"}, "LoRA comes with a later release"),
+        ({"max_shard_size": "big"}, "--max_shard_size big: must be a size"),
+        ({"val_dataset": ("a/b",), "split_dataset_ratio": 0.1}, "exclude each other"),
+        ({"split_dataset_ratio": 1.0}, "leaves nothing to train on"),
+        ({"packing": True}, "--packing true needs --max_length"),
+        (
+            {"packing": True, "max_length": 64, "packing_length": 32},
+            "--packing_length 32 must be at least --max_length 64",
+        ),
+        ({"recompute_method": "block"}, "only for --recompute_granularity full"),
+        (
+            {"recompute_granularity": "selective", "recompute_num_layers": 2},
+            "--recompute_num_layers 2 is only for --recompute_granularity full",
+        ),
+        ({"min_lr": 1e-3}, "--min_lr 0.001 must not be above --lr 1e-05"),
+        ({"lr_warmup_init": 1e-3}, "--lr_warmup_init 0.001 must not be above"),
+        ({"lr_warmup_iters": 5, "lr_warmup_fraction": 0.1}, "exclude each other"),
+        ({"lr_warmup_fraction": 1.0}, "must be below 1"),
+        ({"lr_warmup_iters": 100}, "--lr_warmup_iters 100 must be below the 100 steps"),
+        ({"lr_warmup_iters": 20, "lr_decay_iters": 10}, "must be below the 10 steps"),
+        ({"lr_decay_style": "WSD"}, "WSD needs --lr_wsd_decay_iters"),
+        ({"start_weight_decay": 0.1}, "needs --weight_decay_incr_style linear or cosine"),
+        ({"weight_decay_incr_style": "linear"}, "needs --start_weight_decay and --end_weight"),
+        ({"global_batch_size": 3, "micro_batch_size": 2}, "--global_batch_size 3 cannot be"),
+        (
+            {"world_size": 3},
+            "--global_batch_size 16 cannot be divided by --micro_batch_size 1 x 3 data-parallel",
+        ),
+        (
+            {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3},
+            "1 process cannot be divided by tensor x context x pipeline parallel size 2 x 1 x 3 = 6"
+            ": set NPROC_PER_NODE (x NNODES) to a multiple of 6",
+        ),
+        (
+            {"world_size": 2, "expert_model_parallel_size": 4},
+            "2 processes cannot be divided by expert tensor x expert x pipeline",
+        ),
+        (
+            {"virtual_pipeline_model_parallel_size": 2},
+            "--virtual_pipeline_model_parallel_size 2 needs --pipeline_model_parallel_size above 1",
+        ),
+        ({"decoder_last_pipeline_num_layers": 2}, "needs --pipeline_model_parallel_size above 1"),
+        ({"overlap_param_gather": True}, "needs --overlap_grad_reduce true"),
+        (
+            {
+                "overlap_param_gather": True,
+                "overlap_grad_reduce": True,
+                "use_distributed_optimizer": False,
+            },
+            "needs --use_distributed_optimizer true",
+        ),
+    ],
+)
+def test_bad_combinations_are_refused(flags: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check(**flags)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "group", "message"),
+    [
+        (2, None, None),
+        (8, None, None),
+        (1, None, "raise --global_batch_size to a multiple of 2"),
+        (3, None, "raise --global_batch_size to a multiple of 2"),
+        (4, 4, None),
+        (2, 4, "raise --global_batch_size to a multiple of 4"),
+        (4, 1, "--microbatch_group_size_per_vp_stage 1 must be at least"),
+    ],
+)
+def test_virtual_stages_need_enough_micro_batches(global_batch_size, group, message) -> None:
+    flags = {
+        "world_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "global_batch_size": global_batch_size,
+        "microbatch_group_size_per_vp_stage": group,
+    }
+    if message is None:
+        check(**flags)
+        return
+    with pytest.raises(ValueError, match=message):
+        check(**flags)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (ExportOptions(), "exactly one"),
+        (ExportOptions(to_hf=True, to_mcore=True), "exactly one"),
+        (ExportOptions(to_hf=True, test_convert_dtype="int8"), "--test_convert_dtype int8"),
+        (ExportOptions(to_hf=True), None),
+    ],
+)
+def test_export_goes_in_one_direction(options: ExportOptions, message: str | None) -> None:
+    config = resolve_export(ExportConfig(export=options))
+    if message is None:
+        check_export(config)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_export(config)

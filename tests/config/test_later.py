@@ -1,0 +1,74 @@
+"""What is not built yet is refused, never ignored."""
+
+import dataclasses
+import typing
+
+import pytest
+
+from mtrain.config import ModelConfig, SftConfig, TrainingConfig, TunerConfig, resolve_sft
+from mtrain.config.fields import check_values, flag_specs
+from mtrain.config.later import LATER, Refusal, refuse_later_features
+
+SPECS = {
+    spec.name: (part.name, spec)
+    for part in dataclasses.fields(SftConfig)
+    for spec in flag_specs(typing.get_type_hints(SftConfig)[part.name])
+}
+
+
+def test_defaults_ask_for_nothing_that_is_missing() -> None:
+    refuse_later_features(SftConfig())
+    refuse_later_features(resolve_sft(SftConfig()))
+
+
+def test_every_flag_has_one_row() -> None:
+    flags = [row.flag for row in LATER]
+    assert len(flags) == len(set(flags))
+
+
+def value_outside(row: Refusal) -> object:
+    """Some value of the right kind that the row does not accept."""
+    spec = SPECS[row.flag][1]
+    if spec.choices:
+        other = next(choice for choice in spec.choices if choice not in row.accepted)
+        return (other,) if isinstance(spec.default, tuple) else other
+    if spec.type_hint in (bool, bool | None):
+        return False
+    if spec.type_hint in (int, int | None, float | None):
+        return 7
+    return ("x",) if isinstance(spec.default, tuple) else "x"
+
+
+@pytest.mark.parametrize("row", LATER, ids=lambda row: row.flag)
+def test_each_row_refuses_its_flag_in_one_line(row: Refusal) -> None:
+    part = SPECS[row.flag][0]
+    value = True if row.accepted in ((False,), (None, False)) else value_outside(row)
+    section = dataclasses.replace(getattr(SftConfig(), part), **{row.flag: value})
+    check_values(section)
+    with pytest.raises(ValueError) as caught:
+        refuse_later_features(dataclasses.replace(SftConfig(), **{part: section}))
+    message = str(caught.value)
+    assert message.startswith(f"--{row.flag} ")
+    assert message.endswith(row.reason)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("row", LATER, ids=lambda row: row.flag)
+def test_each_row_accepts_its_neutral_values(row: Refusal) -> None:
+    part, spec = SPECS[row.flag]
+    for value in (*row.accepted, spec.default):
+        section = dataclasses.replace(getattr(SftConfig(), part), **{row.flag: value})
+        refuse_later_features(dataclasses.replace(SftConfig(), **{part: section}))
+
+
+def test_values_are_spelled_as_they_were_typed() -> None:
+    config = SftConfig(tuner=TunerConfig(adapters=("a", "b")))
+    with pytest.raises(ValueError, match="--adapters a b: adapters come"):
+        refuse_later_features(config)
+    config = SftConfig(training=TrainingConfig(calculate_per_token_loss=False))
+    with pytest.raises(ValueError, match="--calculate_per_token_loss false: the loss"):
+        refuse_later_features(config)
+
+
+def test_flags_without_a_row_are_let_through() -> None:
+    refuse_later_features(SftConfig(model=ModelConfig(torch_dtype="float16", model="x")))
