@@ -9,6 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.pipeline_parallel.utils import is_vp_first_stage, is_vp_last_stage
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -188,8 +194,31 @@ def build_model(
                 arguments.rope_scaling, base=arguments.rotary_base, head_dim=config.kv_channels
             )
             model.rotary_pos_emb.inv_freq = frequencies.to(state.device)
+        _mark_split_parameters(model)
         chunks.append(model)
     return chunks
+
+
+def _mark_split_parameters(model: LanguageModel) -> None:
+    """Says which parameters tensor-parallel ranks hold parts of, for the gradient norm.
+
+    Megatron-Core's own linears and embedding mark theirs while they initialise them. Here weights
+    are not initialised, and without the mark the norm would leave out all ranks but the first.
+    """
+    for module in model.modules():
+        if isinstance(module, RowParallelLinear):
+            split = [(module.weight, 1)]
+        elif isinstance(module, ColumnParallelLinear):
+            split = [(module.weight, 0), (module.bias, 0)]
+        elif isinstance(module, VocabParallelEmbedding):
+            split = [(module.weight, 0)]
+        else:
+            continue
+        for parameter, axis in split:
+            if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(
+                    parameter, is_parallel=True, dim=axis, stride=1
+                )
 
 
 def _padded(vocab_size: int, tp_size: int) -> int:
