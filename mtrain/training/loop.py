@@ -28,7 +28,7 @@ from mtrain.training.writers import RunLog
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
 
-__all__ = ["LoopPlan", "train"]
+__all__ = ["LoopPlan", "epoch_ends", "every", "train"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,30 +38,35 @@ class LoopPlan:
     Attributes:
         total_steps: Length of the run.
         logging_steps: Steps between two log lines; the first and the last step have one too.
-        save_steps: Steps between two checkpoints (an epoch, if one is saved after each); the last
-            step has one too.
-        eval_steps: Steps between two evaluations, likewise.
+        checkpoints: Steps after which a checkpoint is saved.
+        evaluations: Steps after which the model is evaluated.
     """
 
     total_steps: int
     logging_steps: int
-    save_steps: int
-    eval_steps: int
+    checkpoints: frozenset[int]
+    evaluations: frozenset[int]
 
     def logs_after(self, step: int) -> bool:
         """Whether there is a log line after this step."""
-        return step == 1 or self._is_due(step, self.logging_steps)
+        return step == 1 or step % self.logging_steps == 0 or step == self.total_steps
 
-    def saves_after(self, step: int) -> bool:
-        """Whether there is a checkpoint after this step."""
-        return self._is_due(step, self.save_steps)
 
-    def evaluates_after(self, step: int) -> bool:
-        """Whether there is an evaluation after this step."""
-        return self._is_due(step, self.eval_steps)
+def every(interval: int, total_steps: int) -> frozenset[int]:
+    """Every so many steps, and the last one."""
+    return frozenset({*range(interval, total_steps + 1, interval), total_steps})
 
-    def _is_due(self, step: int, interval: int) -> bool:
-        return step % interval == 0 or step == self.total_steps
+
+def epoch_ends(epochs_consumed: Callable[[int], float], total_steps: int) -> frozenset[int]:
+    """The steps in which an epoch ends, and the last one.
+
+    Args:
+        epochs_consumed: Epochs before a step, counted from 0.
+        total_steps: Length of the run.
+    """
+    epochs = [int(epochs_consumed(step)) for step in range(total_steps + 1)]
+    ends = (step for step in range(1, total_steps + 1) if epochs[step] > epochs[step - 1])
+    return frozenset({*ends, total_steps})
 
 
 def train(
@@ -115,10 +120,10 @@ def train(
                 if log is not None:
                     log.write(record.as_dict(), step=step, kind="train")
             with _paused(meter):
-                evaluates = evaluate is not None and plan.evaluates_after(step)
+                evaluates = evaluate is not None and step in plan.evaluations
                 if evaluates:
                     _evaluate(evaluate, log=log, step=step)
-                if plan.saves_after(step):
+                if step in plan.checkpoints:
                     gather_parameters(chunks)
                     save(step)
                 collect(step, evaluated=evaluates)

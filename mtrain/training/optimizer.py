@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["build_optimizer", "build_scheduler"]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
-
 
 def build_optimizer(
     chunks: Sequence[DistributedDataParallel], settings: OptimizerConfig
@@ -40,16 +38,17 @@ def build_optimizer(
         settings: The optimizer section, with `lr` resolved.
 
     Raises:
-        ValueError: An update rule that is not supported, or fp16 with experts.
+        ValueError: A combination that Megatron-Core cannot do.
     """
     if settings.optimizer not in ("adam", "sgd"):
         raise ValueError(f"--optimizer {settings.optimizer} is not supported; use adam or sgd")
+    if settings.optimizer == "sgd" and chunks[0].ddp_config.use_distributed_optimizer:
+        raise ValueError("--optimizer sgd needs --use_distributed_optimizer false")
     config = chunks[0].config
     if config.fp16 and config.num_moe_experts is not None:
         # Megatron-Core gives experts a loss scale of their own, which drifts from the one that
         # the loss was multiplied with.
         raise ValueError("--torch_dtype float16 does not work with experts; use bfloat16")
-    _mark_expert_shards(chunks)
     optimizer = get_megatron_optimizer(
         _megatron_config(settings, chunks[0]), list(chunks), use_gloo_process_groups=False
     )
@@ -78,26 +77,7 @@ def _megatron_config(
         params_dtype=chunk.config.params_dtype,
         use_distributed_optimizer=chunk.ddp_config.use_distributed_optimizer,
         overlap_param_gather=chunk.ddp_config.overlap_param_gather,
-        optimizer_cpu_offload=settings.optimizer_cpu_offload,
-        optimizer_offload_fraction=settings.optimizer_offload_fraction,
-        use_precision_aware_optimizer=settings.use_precision_aware_optimizer,
-        main_grads_dtype=_DTYPES[settings.main_grads_dtype],
-        main_params_dtype=_DTYPES[settings.main_params_dtype],
-        exp_avg_dtype=_DTYPES[settings.exp_avg_dtype],
-        exp_avg_sq_dtype=_DTYPES[settings.exp_avg_sq_dtype],
     )
-
-
-def _mark_expert_shards(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Counts every expert in the gradient norm.
-
-    The norm leaves out what it takes for a copy on another tensor rank; different tensor ranks
-    hold different experts, though. Source: Megatron-LM pull request 5916, after 0.16.1.
-    """
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            if not getattr(parameter, "allreduce", True):
-                parameter.tensor_model_parallel = True
 
 
 def _use_fused_adam(optimizer: ChainedOptimizer) -> None:

@@ -147,8 +147,22 @@ def _forward(
         labels=batch.labels,
         cu_seqlens=batch.cu_seqlens,
         max_seqlen=batch.max_seqlen,
+        padding_mask=_padding_mask(batch) if chunk.config.num_moe_experts else None,
     )
     return output, functools.partial(_loss, labels=batch.labels, scale=scale)
+
+
+def _padding_mask(batch: MicroBatch) -> torch.Tensor | None:
+    """Mask bool [1, seq], True behind the real tokens of a pack, which experts need not balance.
+
+    None for rows, whose lengths are not kept, and for nothing but padding, of which routers would
+    take the mean over no tokens.
+    """
+    is_padded = 0 < batch.num_tokens < batch.input_ids.numel()
+    if batch.cu_seqlens is None or not is_padded:
+        return None
+    positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+    return (positions >= batch.num_tokens)[None]
 
 
 def _loss(
@@ -186,7 +200,6 @@ def _update(optimizer: ChainedOptimizer, grad_norm: float) -> None:
                 part.get_parameters(),
                 max_norm=part.config.clip_grad,
                 total_norm=grad_norm,
-                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     optimizer.step_with_ready_grads()
 

@@ -1,0 +1,257 @@
+"""The folder of a run and its checkpoints: staged, flushed, published by one rename.
+
+The one thing to know: a folder called `checkpoint-<step>` is complete. It is written under a hidden
+name beside it and renamed when every byte is on disk, so a crash at any moment leaves the older
+checkpoints as they were and at worst a hidden folder that nobody reads. Only rank 0 renames and
+deletes; the other ranks write their files and wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch.distributed as dist
+
+from mtrain.parallel import ParallelState
+
+__all__ = [
+    "LATEST_FILE",
+    "SaveError",
+    "create_run_folder",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "publish_checkpoint",
+    "write_atomically",
+]
+
+LATEST_FILE = "latest_checkpointed_iteration.txt"
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_VERSION = re.compile(r"v(\d+)-\d{8}-\d{6}")
+_STAGED = ".staged-"
+
+logger = logging.getLogger(__name__)
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the ones before it are untouched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """Which checkpoints are kept.
+
+    Attributes:
+        limit: How many; None keeps all. The newest one always stays.
+        protected: A folder that is never deleted, such as the one training started from.
+    """
+
+    limit: int | None = None
+    protected: Path | None = None
+
+
+def create_run_folder(
+    output_dir: Path, *, add_version: bool, started: datetime, state: ParallelState
+) -> Path:
+    """Makes the folder of a run; all ranks get the name that rank 0 chose.
+
+    Args:
+        output_dir: Where runs are collected.
+        add_version: Make a folder `v<N>-<date>-<time>` of its own in it, N counting up from 0.
+            Otherwise the run takes `output_dir` itself.
+        started: Time in the name.
+        state: This rank.
+
+    Raises:
+        ValueError: The folder cannot be made, or it holds checkpoints already. All ranks raise.
+    """
+    answer: list[Path | str] = [""]
+    if state.is_first_rank:
+        try:
+            answer = [_make_run_folder(output_dir, add_version=add_version, started=started)]
+        except OSError as error:
+            answer = [f"--output_dir {output_dir}: cannot be made: {error.strerror}"]
+        except ValueError as error:
+            answer = [str(error)]
+    dist.broadcast_object_list(answer, src=0, group=state.groups.world)
+    if isinstance(answer[0], str):
+        raise ValueError(answer[0])
+    return answer[0]
+
+
+def _make_run_folder(output_dir: Path, *, add_version: bool, started: datetime) -> Path:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if not add_version:
+        if found := list_checkpoints(output_dir):
+            raise ValueError(
+                f"--output_dir {output_dir}: holds {found[-1].name} of another run; choose another "
+                "folder or --add_version true"
+            )
+        return output_dir
+    matches = (_VERSION.fullmatch(path.name) for path in output_dir.iterdir())
+    version = max((int(match[1]) for match in matches if match), default=-1) + 1
+    while True:
+        folder = output_dir / f"v{version}-{started:%Y%m%d-%H%M%S}"
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another run started at the same time
+            version += 1
+        else:
+            return folder
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest step first."""
+    matches = [(_CHECKPOINT.fullmatch(path.name), path) for path in run.iterdir()]
+    numbered = [(int(match[1]), path) for match, path in matches if match and path.is_dir()]
+    return [path for _, path in sorted(numbered)]
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint that the run's tracker file names, or else the newest complete one."""
+    tracker = run / LATEST_FILE
+    if tracker.is_file():
+        named = run / f"checkpoint-{tracker.read_text().strip()}"
+        if named.is_dir():
+            return named
+    return max(list_checkpoints(run), default=None, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    match = _CHECKPOINT.fullmatch(checkpoint.name)
+    assert match, checkpoint
+    return int(match[1])
+
+
+def publish_checkpoint(
+    run: Path,
+    step: int,
+    write: Callable[[Path], Iterable[Path]],
+    *,
+    state: ParallelState,
+    num_bytes: int,
+    retention: Retention,
+) -> Path:
+    """Writes `run/checkpoint-<step>` on all ranks, and publishes it when all are done.
+
+    Args:
+        run: Folder of the run.
+        step: Steps done.
+        write: Writes this rank's files into the folder it is given and returns their paths. It
+            may use collectives, but then has to end on every rank when it fails on one.
+        state: This rank; every rank must call this.
+        num_bytes: About how much all ranks write; checked against the free space first.
+        retention: Which older checkpoints are deleted afterwards.
+
+    Returns:
+        The published folder.
+
+    Raises:
+        SaveError: It failed on a rank, with the path and the reason. All ranks raise.
+    """
+    final = run / f"checkpoint-{step}"
+    staged = _agree(
+        final, state, lambda: _stage(final, num_bytes, retention) if state.is_first_rank else None
+    )[0]
+    assert staged is not None
+    try:
+        _agree(final, state, lambda: _flush(write(staged)))
+        _agree(final, state, lambda: _publish(staged, final) if state.is_first_rank else None)
+    except SaveError:
+        if state.is_first_rank:
+            shutil.rmtree(staged, ignore_errors=True)
+        raise
+    if state.is_first_rank:
+        _retain(run, retention)
+    return final
+
+
+def _agree(final: Path, state: ParallelState, work: Callable[[], Path | None]) -> list[Path | None]:
+    """Runs work on this rank, and raises on every rank if it failed on any.
+
+    Errors of the file system and of the user end the save; anything else is a bug and is raised
+    where it happened.
+    """
+    result: Path | None = None
+    problem: str | None = None
+    try:
+        result = work()
+    except (OSError, ValueError) as error:
+        problem = f"rank {state.rank}: {error}"
+    answers: list[tuple[Path | None, str | None]] = [(None, None)] * state.layout.world_size
+    dist.all_gather_object(answers, (result, problem), group=state.groups.world)
+    problems = [text for _, text in answers if text]
+    if problems:
+        raise SaveError(f"cannot save {final}: {'; '.join(problems[:4])}")
+    return [answer for answer, _ in answers]
+
+
+def _stage(final: Path, num_bytes: int, retention: Retention) -> Path:
+    """Makes the hidden folder to write into."""
+    if final.exists():
+        is_source = retention.protected is not None and final.samefile(retention.protected)
+        what = "the model was loaded from it" if is_source else "it exists already"
+        raise ValueError(f"{what} and will not be overwritten; choose another --output_dir")
+    free = shutil.disk_usage(final.parent).free
+    if num_bytes > free:
+        raise ValueError(f"it needs about {num_bytes} bytes, and {free} are free")
+    staged = final.parent / f".{final.name}{_STAGED}{os.getpid()}"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    return staged
+
+
+def _flush(paths: Iterable[Path]) -> None:
+    for path in paths:
+        _fsync(path)
+
+
+def _publish(staged: Path, final: Path) -> None:
+    """Everything before the rename is on disk; everything after it can be lost and made again."""
+    for folder, _, _ in os.walk(staged, topdown=False):
+        _fsync(Path(folder))
+    staged.rename(final)
+    _fsync(final.parent)
+    write_atomically(final.parent / LATEST_FILE, f"{_step_of(final)}\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a small text file so that a reader sees the old one or the new one."""
+    temporary = path.with_name(f".{path.name}{_STAGED}{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    _fsync(temporary)
+    temporary.replace(path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _retain(run: Path, retention: Retention) -> None:
+    """Deletes the oldest checkpoints above the limit; a failure is a warning, training goes on."""
+    if retention.limit is None:
+        return
+    keep = {path.resolve() for path in (latest_checkpoint(run), retention.protected) if path}
+    surplus = list_checkpoints(run)[: -retention.limit]
+    for checkpoint in surplus:
+        if checkpoint.resolve() in keep:
+            continue
+        # Hidden first: a deletion that is cut short must not look like a complete checkpoint.
+        doomed = run / f".{checkpoint.name}{_STAGED}deleted"
+        try:
+            checkpoint.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            logger.warning("cannot delete %s: %s", checkpoint, error)

@@ -1,0 +1,87 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mtrain.checkpoint.weights import WeightsFormat, save_checkpoint
+from mtrain.parallel import ParallelLayout, ParallelState
+from tests.megatron import load_model, read_config
+from tests.ranks import run_ranks
+from tests.tiny import make_checkpoint
+
+BESIDE = {
+    "generation_config.json": '{"do_sample": true}',
+    "tokenizer.json": "{}",
+    "tokenizer_config.json": '{"chat_template": "x"}',
+    "merges.txt": "a b\n",
+    "tokenizer.model": "\x00binary",
+    "chat_template.jinja": "{{ messages }}",
+    "additional_chat_templates/tools.jinja": "{{ tools }}",
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = make_checkpoint(tmp_path_factory.mktemp("weights") / "source", "qwen3")
+    for name, text in BESIDE.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    (folder / "modeling_evil.py").write_text("raise SystemExit")
+    # Files of the hub's cache are links.
+    moved = folder.parent / "blob"
+    (folder / "tokenizer.json").rename(moved)
+    (folder / "tokenizer.json").symlink_to(moved)
+    return folder
+
+
+def save(state: ParallelState, source: Path, run: Path, dtype: torch.dtype) -> Path:
+    form = WeightsFormat(
+        source=source,
+        hf_config=read_config(source),
+        backend="torch",
+        dtype=dtype,
+        max_shard_size=100_000,
+    )
+    return save_checkpoint(
+        run,
+        5,
+        load_model(state, source, dtype=dtype),
+        form=form,
+        arguments={"lr": 1e-5, "model": "模型"},
+        state=state,
+        save_total_limit=1,
+    )
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(world_size=2, tp_size=2)])
+def test_a_saved_folder_is_a_hugging_face_checkpoint(source, tmp_path, layout):
+    folder = run_ranks(layout, save, source, tmp_path, torch.float32)[0]
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    expected = load_file(source / "model.safetensors")
+    weights = model.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    assert json.loads((folder / "args.json").read_text()) == {"lr": 1e-5, "model": "模型"}
+
+
+def test_everything_beside_the_weights_is_copied_but_no_code(source, tmp_path):
+    [folder] = run_ranks(ParallelLayout(), save, source, tmp_path, torch.float32)
+    for name, text in BESIDE.items():
+        assert (folder / name).read_text() == text
+        assert not (folder / name).is_symlink()
+    assert not (folder / "modeling_evil.py").exists()
+
+
+def test_the_config_tells_the_dtype_of_the_saved_weights(source, tmp_path):
+    [folder] = run_ranks(ParallelLayout(), save, source, tmp_path, torch.bfloat16)
+    before, after = read_config(source), read_config(folder)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"dtype"}
+    assert after["dtype"] == "bfloat16"
+    for path in folder.glob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}
