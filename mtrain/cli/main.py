@@ -107,7 +107,7 @@ def _read_sft_config(words: list[str], here: Launch | Placement) -> SftConfig:
     folder = local_model_folder(config.model.model)
     check_datasets(config.data)
     if folder is not None:
-        check_model_folder(folder, config.parallel)
+        check_model_folder(folder, model=config.model, parallel=config.parallel)
     return config
 
 

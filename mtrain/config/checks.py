@@ -39,6 +39,8 @@ def check_sft(config: SftConfig, *, world_size: int) -> None:
     _check_schedule(config.optimizer, train_iters=config.training.train_iters)
     _check_shard_size(config.checkpoint.max_shard_size)
     check_world_size(config.parallel, world_size=world_size)
+    if config.optimizer.optimizer == "sgd" and config.parallel.use_distributed_optimizer:
+        raise ValueError("--optimizer sgd needs --use_distributed_optimizer false")
     check_batches(config.training, config.parallel, world_size=world_size)
 
 
@@ -181,16 +183,22 @@ def _check_schedule(optimizer: OptimizerConfig, *, train_iters: int | None) -> N
     num_steps = optimizer.lr_decay_iters or train_iters
     if num_steps is not None and warmup >= num_steps:
         raise ValueError(f"--lr_warmup_iters {warmup} must be below the {num_steps} steps of decay")
-    if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
-        raise ValueError("--lr_decay_style WSD needs --lr_wsd_decay_iters")
-    ends = (optimizer.start_weight_decay, optimizer.end_weight_decay)
-    if optimizer.weight_decay_incr_style == "constant":
-        if ends != (None, None):
+    if optimizer.lr_decay_style == "WSD":
+        last = optimizer.lr_wsd_decay_iters
+        if last is None or (num_steps is not None and last > num_steps):
             raise ValueError(
-                "--start_weight_decay needs --weight_decay_incr_style linear or cosine"
+                "--lr_decay_style WSD needs --lr_wsd_decay_iters, not more than the decay has steps"
             )
-    elif None in ends:
+    _check_weight_decay(optimizer)
+
+
+def _check_weight_decay(optimizer: OptimizerConfig) -> None:
+    start, end = optimizer.start_weight_decay, optimizer.end_weight_decay
+    start = optimizer.weight_decay if start is None else start
+    end = optimizer.weight_decay if end is None else end
+    if optimizer.weight_decay_incr_style == "constant" and start != end:
         raise ValueError(
-            f"--weight_decay_incr_style {optimizer.weight_decay_incr_style} needs "
-            "--start_weight_decay and --end_weight_decay"
+            f"weight decay from {start} to {end} needs --weight_decay_incr_style linear or cosine"
         )
+    if end < start:
+        raise ValueError(f"--end_weight_decay {end} must not be below --start_weight_decay {start}")

@@ -69,11 +69,11 @@ class DataConfig:
 
     train_dataloader_shuffle: bool = flag(True, "Shuffle the training rows every epoch.")
     dataloader_num_workers: int = flag(
-        0, "Processes that read rows; reading memory-mapped rows needs none.", minimum=0
+        0, "Threads that build batches ahead; reading memory-mapped rows needs none.", minimum=0
     )
     dataloader_pin_memory: bool = flag(True, "Pin host memory when training on a GPU.")
-    dataloader_persistent_workers: bool = flag(True, "Keep the workers between epochs.")
-    dataloader_prefetch_factor: int = flag(2, "Batches each worker reads ahead.", minimum=1)
+    dataloader_persistent_workers: bool = flag(True, "Keep the threads between epochs.")
+    dataloader_prefetch_factor: int = flag(2, "Steps each of these threads is ahead.", minimum=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

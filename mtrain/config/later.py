@@ -1,7 +1,8 @@
 """What is parsed but not built yet, refused in one line instead of ignored.
 
 The one thing to know: building a feature means deleting its row (or widening its values) here.
-docs/flags.md lists this table and a test compares the two.
+docs/flags.md lists both tables, and tests keep them complete: a flag is read by some code, refused
+by `LATER`, or explained by `WITHOUT_EFFECT`.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from typing import Any
 from mtrain.config.fields import section_fields
 from mtrain.config.run import ExportConfig, SftConfig
 
-__all__ = ["LATER", "Refusal", "refuse_later_features"]
+__all__ = ["LATER", "WITHOUT_EFFECT", "Refusal", "refuse_later_features"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ LATER: tuple[Refusal, ...] = (
         (False,),
         "not built; use --decoder_last_pipeline_num_layers",
     ),
-    Refusal("optimizer", ("adam",), "only adam is built"),
+    Refusal("optimizer", ("adam", "sgd"), "it comes with a later release; use adam or sgd"),
     Refusal("optimizer_cpu_offload", (False,), "optimizer offload comes with a later release"),
     Refusal("use_precision_aware_optimizer", (False,), "it comes with a later release; use false"),
     Refusal("main_grads_dtype", ("fp32",), "it comes with a later release; use fp32"),
@@ -121,6 +122,33 @@ LATER: tuple[Refusal, ...] = (
     Refusal("perform_initialization", (False,), "weights are always loaded; use false"),
     Refusal("use_cpu_initialization", (False,), "weights are always loaded; use false"),
 )
+
+_LORA = "only matters with --tuner_type lora"
+
+# Accepted with any value, because there is nothing to decide.
+WITHOUT_EFFECT: dict[str, str] = {
+    "masked_softmax_fusion": "the kernels of the backend decide; the numbers are the same",
+    "apply_rope_fusion": "the kernels of the backend decide; the numbers are the same",
+    "gradient_accumulation_fusion": "the kernels of the backend decide; the numbers are the same",
+    "cross_entropy_loss_fusion": "there is one cross-entropy, and it is fused",
+    "cross_entropy_fusion_impl": "there is one cross-entropy, and it is fused",
+    "batch_p2p_comm": "follows from --overlap_p2p_comm",
+    "moe_shared_expert_overlap": "no model family built so far has shared experts",
+    "packing_num_proc": "planning takes well under a second in one process",
+    "dataloader_pin_memory": "batches are small enough to be copied as they are",
+    "dataloader_persistent_workers": "the threads live for the whole run",
+    "fp8_recipe": "only matters with --fp8_format",
+    "mtp_loss_scaling_factor": "only matters with --mtp_num_layers",
+    "optimizer_offload_fraction": "only matters with --optimizer_cpu_offload true",
+    "lora_rank": _LORA,
+    "lora_alpha": _LORA,
+    "lora_dropout": _LORA,
+    "lora_bias": _LORA,
+    "lora_dtype": _LORA,
+    "use_rslora": _LORA,
+    "target_modules": _LORA,
+    "target_regex": _LORA,
+}
 
 
 def refuse_later_features(config: SftConfig | ExportConfig) -> None:

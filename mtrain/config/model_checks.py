@@ -10,14 +10,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mtrain.config.model import ModelConfig
 from mtrain.config.parallel import ParallelConfig
 
-__all__ = ["check_model_folder", "check_parallel_sizes", "check_vocabulary", "read_hf_config"]
+__all__ = [
+    "check_model_folder",
+    "check_parallel_sizes",
+    "check_precision",
+    "check_vocabulary",
+    "read_hf_config",
+]
 
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def check_model_folder(folder: Path, parallel: ParallelConfig) -> None:
+def check_model_folder(folder: Path, *, model: ModelConfig, parallel: ParallelConfig) -> None:
     """All checks of a model that is on this disk.
 
     Raises:
@@ -25,6 +32,7 @@ def check_model_folder(folder: Path, parallel: ParallelConfig) -> None:
     """
     hf_config = read_hf_config(folder)
     check_parallel_sizes(hf_config, parallel)
+    check_precision(hf_config, model)
     check_vocabulary(folder, hf_config)
 
 
@@ -44,12 +52,25 @@ def check_parallel_sizes(hf_config: Mapping[str, Any], parallel: ParallelConfig)
         ValueError: Naming the entry of config.json, its value and the flag.
     """
     text_config = hf_config.get("text_config", hf_config)
-    num_experts = next((text_config[key] for key in _EXPERT_KEYS if text_config.get(key)), 0)
+    num_experts = _num_experts(text_config)
     _check_tensor_parallel(text_config, parallel, has_experts=num_experts > 0)
     _check_experts(text_config, parallel, num_experts=num_experts)
     num_layers = text_config.get("num_hidden_layers")
     if num_layers is not None:
         _check_pipeline(num_layers, parallel)
+
+
+def check_precision(hf_config: Mapping[str, Any], model: ModelConfig) -> None:
+    """Checks that the precision of training suits the model.
+
+    Raises:
+        ValueError: float16 with experts, whose gradients Megatron-Core scales on their own.
+    """
+    text_config = hf_config.get("text_config", hf_config)
+    of_checkpoint = text_config.get("dtype") or text_config.get("torch_dtype")
+    dtype = model.torch_dtype or of_checkpoint
+    if dtype == "float16" and _num_experts(text_config):
+        raise ValueError("float16 does not work with experts: use --torch_dtype bfloat16")
 
 
 def check_vocabulary(folder: Path, hf_config: Mapping[str, Any]) -> None:
@@ -75,6 +96,10 @@ def check_vocabulary(folder: Path, hf_config: Mapping[str, Any]) -> None:
             f"{path}: token id {largest} has no row in the embedding, vocab_size of config.json is "
             f"{vocab_size}: the tokenizer belongs to another model, or the embedding must be grown"
         )
+
+
+def _num_experts(text_config: Mapping[str, Any]) -> int:
+    return next((text_config[key] for key in _EXPERT_KEYS if text_config.get(key)), 0)
 
 
 def _check_tensor_parallel(

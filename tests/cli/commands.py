@@ -3,6 +3,7 @@
 import re
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 from mtrain.cli.parser import parse_config
 from mtrain.config import ExportConfig, SftConfig
@@ -18,7 +19,11 @@ class Command:
     words: tuple[str, ...]
 
     def parse(self) -> SftConfig | ExportConfig:
-        return parse_config(CONFIG_CLASSES[self.name], self.words)
+        """Parses the words; a `--config` file of an example need not exist."""
+        words = list(self.words)
+        if "--config" in words and not Path(words[words.index("--config") + 1]).is_file():
+            del words[words.index("--config") : words.index("--config") + 2]
+        return parse_config(CONFIG_CLASSES[self.name], words)
 
     def __str__(self) -> str:
         return f"{self.name} {' '.join(self.words)}"[:60]

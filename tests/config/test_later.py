@@ -1,14 +1,17 @@
 """What is not built yet is refused, never ignored."""
 
+import ast
 import dataclasses
 import typing
+from pathlib import Path
 
 import pytest
 
 from mtrain.config import ModelConfig, SftConfig, TrainingConfig, TunerConfig, resolve_sft
 from mtrain.config.fields import check_values, flag_specs
-from mtrain.config.later import LATER, Refusal, refuse_later_features
+from mtrain.config.later import LATER, WITHOUT_EFFECT, Refusal, refuse_later_features
 
+PACKAGE = Path(__file__).parents[2] / "mtrain"
 SPECS = {
     spec.name: (part.name, spec)
     for part in dataclasses.fields(SftConfig)
@@ -24,6 +27,28 @@ def test_defaults_ask_for_nothing_that_is_missing() -> None:
 def test_every_flag_has_one_row() -> None:
     flags = [row.flag for row in LATER]
     assert len(flags) == len(set(flags))
+
+
+@pytest.mark.skipif(
+    not (PACKAGE / "cli" / "sft.py").is_file(), reason="what reads the settings is not there yet"
+)
+def test_every_flag_is_read_or_refused_or_explained() -> None:
+    read = {
+        node.attr
+        for path in PACKAGE.rglob("*.py")
+        if path.parent.name != "config"
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Attribute)
+    }
+    # Turned into another setting by resolve_sft, or into bytes by a property.
+    resolved = {"bf16", "fp16", "max_shard_size"}
+    known = read | resolved | {row.flag for row in LATER} | WITHOUT_EFFECT.keys()
+    assert SPECS.keys() - known == set()
+
+
+def test_explained_flags_exist_and_are_not_refused() -> None:
+    assert WITHOUT_EFFECT.keys() <= SPECS.keys()
+    assert not WITHOUT_EFFECT.keys() & {row.flag for row in LATER}
 
 
 def value_outside(row: Refusal) -> object:

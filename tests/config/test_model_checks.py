@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from mtrain.config import ParallelConfig
-from mtrain.config.model_checks import check_model_folder, check_parallel_sizes, read_hf_config
+from mtrain.config import ModelConfig, ParallelConfig
+from mtrain.config.model_checks import (
+    check_model_folder,
+    check_parallel_sizes,
+    check_precision,
+    read_hf_config,
+)
 
 DENSE = {
     "num_hidden_layers": 8,
@@ -75,11 +80,35 @@ def test_sizes_that_do_not_divide_are_refused(hf_config, parallel, message: str)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("hf_config", "torch_dtype", "refused"),
+    [
+        (EXPERTS, "float16", True),
+        (EXPERTS | {"torch_dtype": "float16"}, None, True),
+        (EXPERTS | {"dtype": "float16"}, None, True),
+        (EXPERTS | {"torch_dtype": "float16"}, "bfloat16", False),
+        (EXPERTS, None, False),
+        (DENSE, "float16", False),
+    ],
+)
+def test_half_precision_needs_a_model_without_experts(hf_config, torch_dtype, refused) -> None:
+    model = ModelConfig(torch_dtype=torch_dtype)
+    if not refused:
+        check_precision(hf_config, model)
+        return
+    with pytest.raises(ValueError, match="float16 does not work with experts"):
+        check_precision(hf_config, model)
+
+
 def write_model(folder: Path, tokenizer: dict | None) -> Path:
     (folder / "config.json").write_text(json.dumps(DENSE))
     if tokenizer is not None:
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
+
+
+def check_folder(folder: Path) -> None:
+    check_model_folder(folder, model=ModelConfig(), parallel=sizes())
 
 
 def words(number: int) -> dict[str, int]:
@@ -97,7 +126,7 @@ def words(number: int) -> dict[str, int]:
     ],
 )
 def test_a_vocabulary_within_the_embedding_passes(tmp_path: Path, tokenizer) -> None:
-    check_model_folder(write_model(tmp_path, tokenizer), sizes())
+    check_folder(write_model(tmp_path, tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +141,7 @@ def test_a_token_without_a_row_is_refused(tmp_path: Path, tokenizer) -> None:
     with pytest.raises(
         ValueError, match=r"token id 10 has no row .* vocab_size of config.json is 10"
     ):
-        check_model_folder(write_model(tmp_path, tokenizer), sizes())
+        check_folder(write_model(tmp_path, tokenizer))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,125 @@
+"""The documents say what the code does: paths exist, commands parse, tables are complete."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mtrain.config import SftConfig, config_to_dict
+from mtrain.config.later import LATER, WITHOUT_EFFECT
+from tests.cli.commands import Command, commands_in
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.is_file())
+FLAGS_PAGE = ROOT / "docs" / "flags.md"
+# Top-level names by which a text in backticks is known to be a path of the repository.
+FOLDERS = ("mtrain", "tests", "docs", "examples", "benchmarks", ".ci")
+SETTINGS = config_to_dict(SftConfig())
+SWIFT_DEFAULTS = json.loads((ROOT / "tests" / "config" / "swift_defaults.json").read_text())
+
+
+def without_code_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def paths_in(document: Path) -> Iterator[tuple[str, Path]]:
+    """(text, path) of links to files and of backticks that name a file of the repository."""
+    text = without_code_blocks(document.read_text("utf-8"))
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if "://" not in link and not link.startswith("mailto:"):
+            yield link, document.parent / link
+    for quoted in re.findall(r"`([^`\s]+)`", text):
+        folder, slash, rest = quoted.partition("/")
+        # Names with placeholders or wildcards stand for several files.
+        if slash and folder in FOLDERS and not re.search(r"[<>*{}]|\.\.\.", rest):
+            yield quoted, ROOT / quoted.split("::")[0]
+
+
+def commands_of(document: Path) -> list[Command]:
+    blocks = re.findall(
+        r"^```\w*\n(.*?)^```", document.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    # `<number>` and `<folder>` stand for something the reader fills in.
+    return [c for block in blocks for c in commands_in(re.sub(r"<[\w /-]+>", "1", block))]
+
+
+def table_under(heading: str, document: Path) -> list[list[str]]:
+    """Cells of the table in a section, without its head."""
+    section = re.search(
+        rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)",
+        document.read_text("utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
+    assert section is not None, f"{document.name}: no section {heading!r}"
+    rows = [line for line in section[1].splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+
+
+def spell(value: object) -> str:
+    if value is None or value in ([], ()):
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(map(spell, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def differs(ours: object, theirs: object) -> bool:
+    """Whether two defaults mean something else; a list of one is its item, an empty one is none."""
+
+    def items(value: object) -> list[object]:
+        if value is None:
+            return []
+        return value if isinstance(value, list) else [value]
+
+    return items(ours) != items(theirs)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_paths_that_are_mentioned_exist(document: Path) -> None:
+    missing = [text for text, path in paths_in(document) if not path.exists()]
+    assert not missing, f"{document.name}: {missing}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_are_read_by_the_parser(document: Path) -> None:
+    for command in commands_of(document):
+        command.parse()
+
+
+def test_commands_are_found_in_a_document() -> None:
+    (command,) = commands_of(FLAGS_PAGE)
+    assert command.words[:2] == ("--config", "run.yaml")
+    assert command.parse().data.dataset == ("a.jsonl", "b.jsonl#500")
+
+
+def test_defaults_that_differ_are_listed_with_both_values() -> None:
+    rows = table_under("Defaults that differ", FLAGS_PAGE)
+    listed = {flag: (theirs, ours) for flag, theirs, ours, _ in rows}
+    expected = {
+        f"`--{name}`": (spell(SWIFT_DEFAULTS[name]), spell(value))
+        for name, value in SETTINGS.items()
+        if name in SWIFT_DEFAULTS and differs(value, SWIFT_DEFAULTS[name])
+    }
+    assert listed == expected
+
+
+def test_flags_of_our_own_are_listed() -> None:
+    listed = {row[0] for row in table_under("Flags of mtrain's own", FLAGS_PAGE)}
+    own = SETTINGS.keys() - SWIFT_DEFAULTS.keys() | {"config"}
+    assert listed == {f"`--{name}`" for name in own}
+
+
+def test_flags_without_effect_are_listed() -> None:
+    rows = table_under("Accepted, but there is nothing to decide", FLAGS_PAGE)
+    assert rows == [[f"`--{name}`", why] for name, why in WITHOUT_EFFECT.items()]
+
+
+def test_flags_that_are_not_built_are_listed() -> None:
+    rows = table_under("Not built yet", FLAGS_PAGE)
+    expected = [
+        [f"`--{row.flag}`", ", ".join(dict.fromkeys(map(spell, row.accepted))), row.reason]
+        for row in LATER
+    ]
+    assert rows == expected
