@@ -43,7 +43,8 @@ def commands_in(shell_text: str) -> list[Command]:
             continue
         text = re.sub(r'"\$@"|\$@', "", match[2])
         text = re.sub(r"\$\{[^}]*\}|\$\w+", "1", text)
-        words = _until_operator(shlex.split(text, comments=True))
+        # Not shlex's own comments, which start inside of data.jsonl#500 too.
+        words = _until_operator(shlex.split(re.sub(r"\s#\s.*", "", text)))
         if "--help" not in words:
             commands.append(Command(match[1], words))
     return commands
