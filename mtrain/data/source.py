@@ -54,7 +54,7 @@ class SourceName:
         if name.startswith(("hf::", "ms::")):
             hub, name = name.split("::", 1)
         name, _, subset = name.partition(":")
-        if name.endswith(SUFFIXES) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        if name.endswith(SUFFIXES) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
             raise ValueError(
                 f"--dataset {value}: no such file or folder, and not a hub id "
                 "(owner/name[:subset][#count])"
@@ -171,7 +171,6 @@ def open_source(
 
 def _load_from_hub(name: SourceName, *, hub_token: str | None) -> "datasets.Dataset":
     import datasets
-    import httpx
 
     try:
         location = name.path
@@ -187,7 +186,7 @@ def _load_from_hub(name: SourceName, *, hub_token: str | None) -> "datasets.Data
             split="train",
             token=hub_token if name.hub == "hf" else None,
         )
-    except (OSError, RuntimeError, ValueError, httpx.HTTPError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         site = "Hugging Face" if name.hub == "hf" else "ModelScope"
         reason = " ".join(str(error).split())
         raise RuntimeError(

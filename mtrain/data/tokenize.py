@@ -127,11 +127,6 @@ def _encode_settings(data: DataConfig, template: TemplateConfig, model_dir: Path
     max_length = template.max_length or longest_position(model_dir)
     if data.packing and data.packing_length is not None:
         max_length = min(max_length or data.packing_length, data.packing_length)
-    if template.truncation_strategy not in ("delete", "left", "right"):
-        raise ValueError(
-            f"--truncation_strategy {template.truncation_strategy} is not supported; "
-            "use delete, left or right"
-        )
     return EncodeSettings(
         model_dir=model_dir,
         system=template.system,
