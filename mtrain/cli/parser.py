@@ -17,6 +17,7 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mtrain.config.fields import FlagSpec, flag_specs
+from mtrain.config.later import LATER
 from mtrain.config.names import advice_for
 from mtrain.config.run import ExportConfig, SftConfig
 
@@ -59,12 +60,16 @@ def parse_config(command: type[C], argv: Sequence[str]) -> C:
 
 def format_help(command: type[SftConfig] | type[ExportConfig], *, usage: str) -> str:
     """The text of `--help`: one group a section, every flag with its type and default."""
+    only = {row.flag: row.accepted for row in LATER}
     lines = [f"usage: {usage}", ""]
     lines += _help_entry("--config FILE", "YAML file of flag names; the command line wins.")
     for section in _sections(command).values():
         lines += ["", f"{section.__doc__.splitlines()[0]}"]
         for spec in flag_specs(section):
-            text = f"{spec.help} [{_spell_default(spec.default)}]"
+            accepted = only.get(spec.name, ())
+            limits = ", ".join(dict.fromkeys(map(_spell_default, accepted)))
+            text = f"{spec.help} {f'Only {limits} for now. ' if limits else ''}"
+            text += f"[{_spell_default(spec.default)}]"
             lines += _help_entry(f"--{spec.name} {_type_name(spec)}", text)
     return "\n".join(lines)
 

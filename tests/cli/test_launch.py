@@ -1,6 +1,7 @@
 """Reading the environment of launchers, and real ranks that fail."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -29,12 +30,12 @@ print(f"rank {here.rank} of {here.world_size} prepared={here.is_prepared}", flus
 
 
 def start_ranks(
-    tmp_path: Path, body: str, *, num_ranks: int = 2
+    tmp_path: Path, body: str, *, num_ranks: int = 2, **variables: str
 ) -> tuple[subprocess.CompletedProcess[str], float]:
     script = tmp_path / "ranks.py"
     script.write_text(RANK_SCRIPT + body)
     environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environ |= {"NPROC_PER_NODE": str(num_ranks), "PYTHONPATH": str(ROOT)}
+    environ |= {"NPROC_PER_NODE": str(num_ranks), "PYTHONPATH": str(ROOT)} | variables
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, str(script)],
@@ -210,3 +211,14 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     assert done.returncode == 128 + 9
     assert seconds < 30
     assert "rank 1 was ended by SIGKILL (out of memory?)" in done.stderr
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    """T35."""
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        done, _ = start_ranks(tmp_path, "", MASTER_PORT=port)
+    assert done.returncode != 0
+    assert f"ValueError: MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: " in done.stderr
