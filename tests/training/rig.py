@@ -9,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from mtrain.config.moe import MoEConfig
 from mtrain.config.optimizer import OptimizerConfig
 from mtrain.config.parallel import ParallelConfig
 from mtrain.config.training import TrainingConfig
@@ -135,11 +136,12 @@ def make_rig(
     parallel: ParallelConfig | None = None,
     training: TrainingConfig | None = None,
     tuner: TunerConfig | None = None,
+    moe: MoEConfig | None = None,
     dtype: torch.dtype = torch.float32,
     total_steps: int = 10,
 ) -> Rig:
     """Loads, freezes, wraps: what a run does before its first step."""
-    chunks = load_model(state, folder, dtype=dtype, training=training)
+    chunks = load_model(state, folder, dtype=dtype, training=training, moe=moe)
     freeze_parameters(chunks, tuner=tuner or TunerConfig(), state=state)
     wrapped = wrap_chunks(chunks, parallel=parallel or ParallelConfig(), grad_reduce_in_fp32=True)
     made = build_optimizer(wrapped, optimizer)

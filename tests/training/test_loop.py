@@ -1,0 +1,147 @@
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtrain.config.logging import LoggingConfig
+from mtrain.config.parallel import ParallelConfig
+from mtrain.config.training import TrainingConfig
+from mtrain.parallel import ParallelLayout, ParallelState
+from mtrain.platform.device import device_info
+from mtrain.training.evaluate import evaluate
+from mtrain.training.flops import ModelShape
+from mtrain.training.loop import LoopPlan, epoch_ends, every, train
+from mtrain.training.metrics import LogRecord, Meter, RunSize
+from mtrain.training.writers import open_run_log
+from tests.ranks import run_ranks
+from tests.tiny import make_checkpoint
+from tests.training.rig import documents, make_rig, rows
+
+TOTAL = 7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("loop") / "qwen3", "qwen3")
+
+
+def run(
+    state: ParallelState, folder: Path, output: Path, available: int, settings: TrainingConfig
+) -> tuple[LogRecord, list[tuple[int, torch.Tensor]], set[bool]]:
+    parallel = ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True)
+    rig = make_rig(state, folder, parallel=parallel)
+    mine = [rows([document]) for document in documents(4)[state.rank :: state.layout.world_size]]
+    saved: list[tuple[int, torch.Tensor]] = []
+    collecting: set[bool] = set()
+
+    def save(step: int) -> None:
+        weight = next(rig.chunks[0].parameters())
+        saved.append((step, weight.detach().clone()))
+        collecting.add(gc.isenabled())
+
+    size = RunSize(
+        total_steps=TOTAL,
+        samples_per_epoch=8,
+        shape=ModelShape.from_config(rig.chunks[0].config, vocab_size=131),
+        num_routers=0,
+    )
+    log = None
+    if state.is_first_rank:
+        log = open_run_log(
+            LoggingConfig(report_to=("none",)), folder=output, total_steps=TOTAL, arguments={}
+        )
+    record = train(
+        chunks=rig.chunks,
+        optimizer=rig.optimizer,
+        scheduler=rig.scheduler,
+        steps=iter([mine] * available),
+        plan=LoopPlan(
+            total_steps=TOTAL,
+            logging_steps=3,
+            checkpoints=every(4, TOTAL),
+            evaluations=every(5, TOTAL),
+        ),
+        settings=settings,
+        state=state,
+        meter=Meter(state=state, device=device_info(), size=size),
+        log=log,
+        evaluate=lambda: evaluate(rig.chunks, [mine], state=state),
+        save=save,
+    )
+    return record, saved, collecting
+
+
+def test_a_run_logs_evaluates_and_saves_when_it_should(folder, tmp_path):
+    settings = TrainingConfig()
+    ranks = run_ranks(ParallelLayout(world_size=2), run, folder, tmp_path, TOTAL, settings)
+    (record, saved, collecting), (_, saved_elsewhere, _) = ranks
+    assert [step for step, _ in saved] == [4, 7]
+    # Parameters are complete when they are saved, although their gathering overlaps with forward.
+    for (_, ours), (_, theirs) in zip(saved, saved_elsewhere, strict=True):
+        assert torch.equal(ours, theirs)
+    assert collecting == {True}
+    lines = [json.loads(line) for line in (tmp_path / "logging.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 3, 6, 7]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [5, 7]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses == sorted(losses, reverse=True)
+    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    # An evaluation after step 5 sees the weights that step 6 starts from.
+    assert losses[2] > evaluations[0] > evaluations[1]
+    assert record.step == TOTAL
+    assert record.epoch == TOTAL * 4 / 8
+
+
+def test_the_last_line_has_the_fields_that_people_plot(folder, tmp_path):
+    run_ranks(ParallelLayout(), run, folder, tmp_path, TOTAL, TrainingConfig())
+    line = json.loads((tmp_path / "logging.jsonl").read_text().splitlines()[0])
+    assert set(line) == {
+        "step",
+        "total_steps",
+        "epoch",
+        "loss",
+        "token_accuracy",
+        "grad_norm",
+        "learning_rate",
+        "consumed_samples",
+        "consumed_tokens",
+        "tokens_per_second_per_gpu",
+        "padded_tokens_per_second_per_gpu",
+        "memory_gib",
+        "seconds_per_step",
+        "data_share",
+        "padding_ratio",
+        "eta_seconds",
+        "skipped_steps",
+    }
+
+
+def test_manual_garbage_collection_is_off_between_steps_and_on_afterwards(folder, tmp_path):
+    settings = TrainingConfig(manual_gc=True, manual_gc_steps=2)
+    [(_, _, collecting)] = run_ranks(ParallelLayout(), run, folder, tmp_path, TOTAL, settings)
+    assert collecting == {False}
+    assert gc.isenabled()
+
+
+def run_short(state: ParallelState, folder: Path, output: Path) -> str:
+    with pytest.raises(ValueError) as caught:
+        run(state, folder, output, 2, TrainingConfig())
+    return str(caught.value)
+
+
+def test_data_that_ends_too_early_is_an_error(folder, tmp_path):
+    assert run_ranks(ParallelLayout(), run_short, folder, tmp_path) == [
+        f"the data ends after 2 of {TOTAL} steps"
+    ]
+
+
+def test_intervals_always_include_the_last_step():
+    assert every(3, 7) == {3, 6, 7}
+    assert every(500, 7) == {7}
+
+
+def test_an_epoch_ends_in_the_step_that_uses_its_last_sample():
+    # Ten samples an epoch, four a step.
+    assert epoch_ends(lambda step: step * 4 / 10, 8) == {3, 5, 8}
