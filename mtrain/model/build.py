@@ -82,8 +82,11 @@ def _precision(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _parallelism(layout: ParallelLayout, parallel: ParallelConfig) -> dict[str, Any]:
-    has_virtual_stages = layout.vpp_size is not None
-    overlap_p2p = parallel.overlap_p2p_comm and has_virtual_stages and has_gpu()
+    # Two stages with virtual ones send to each other both ways at once; batched, Megatron-Core
+    # would mix the two messages up.
+    overlap_p2p = layout.vpp_size is not None and (
+        parallel.overlap_p2p_comm or layout.pp_size == 2
+    )
     return {
         "tensor_model_parallel_size": layout.tp_size,
         "pipeline_model_parallel_size": layout.pp_size,
@@ -97,7 +100,8 @@ def _parallelism(layout: ParallelLayout, parallel: ParallelConfig) -> dict[str, 
         "sequence_parallel": bool(parallel.sequence_parallel),
         "overlap_p2p_comm": overlap_p2p,
         "batch_p2p_comm": not overlap_p2p,
-        "deallocate_pipeline_outputs": layout.pp_size > 1,
+        # gloo may still be reading what was sent; CUDA frees it in the order of the stream.
+        "deallocate_pipeline_outputs": layout.pp_size > 1 and has_gpu(),
     }
 
 
