@@ -1,0 +1,148 @@
+"""Every family against the Hugging Face class and against what its config.json may ask for."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mtrain.bridge.families import FAMILIES, find_family
+from mtrain.bridge.plan import hf_tensors, weight_table
+from tests.tiny import TINY, tiny_config
+
+
+def class_defaults(model_type):
+    """The config.json that transformers writes for a model of which nothing was said."""
+    return AutoConfig.for_model(model_type).to_dict() | {"model_type": model_type}
+
+
+def describe(name, **changes):
+    config = tiny_config(name, **changes)
+    return find_family(config).megatron_config(config)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_table_has_the_parameters_of_the_hugging_face_class(name):
+    """T23: names and shapes; experts one by one, as they are on disk."""
+    fields = tiny_config(name)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {}
+    for key, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        if ".experts." not in key:
+            expected[key] = shape
+            continue
+        prefix, which = key.rsplit(".", 1)
+        for expert in range(shape[0]):
+            if which == "gate_up_proj":
+                half = (shape[1] // 2, shape[2])
+                expected[f"{prefix}.{expert}.gate_proj.weight"] = half
+                expected[f"{prefix}.{expert}.up_proj.weight"] = half
+            else:
+                expected[f"{prefix}.{expert}.{which}.weight"] = shape[1:]
+    assert hf_tensors(weight_table(tiny_config(name))) == expected
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_config_written_by_transformers_says_the_same(name):
+    fields = tiny_config(name)
+    model_type = fields.pop("model_type")
+    written = AutoConfig.for_model(model_type, **fields).to_dict()
+    family = FAMILIES[model_type]
+    assert family.megatron_config(written) == family.megatron_config(tiny_config(name))
+    assert family.weight_table(written) == family.weight_table(tiny_config(name))
+
+
+@pytest.mark.parametrize("model_type", [kind for kind in FAMILIES if kind != "mistral"])
+@pytest.mark.parametrize("key", ["head_dim", "num_key_value_heads", "tie_word_embeddings"])
+def test_defaults_are_those_of_the_hugging_face_class(model_type, key):
+    config = class_defaults(model_type)
+    absent = {field: value for field, value in config.items() if field != key}
+    if key == "num_key_value_heads":
+        # Given as a plain number by every published config; absent means one for each head.
+        config[key] = config["num_attention_heads"]
+    family = FAMILIES[model_type]
+    assert family.megatron_config(absent) == family.megatron_config(config)
+
+
+def test_a_model_type_without_a_family_is_refused_with_a_list():
+    with pytest.raises(ValueError, match="'gpt2', which no family supports; supported: llama, mi"):
+        find_family({"model_type": "gpt2"})
+    with pytest.raises(ValueError, match="None, which no family supports"):
+        find_family({})
+
+
+REFUSED = [
+    ("llama", {"hidden_act": "gelu"}, "'hidden_act' 'gelu' is not built; supported: silu"),
+    ("llama", {"attention_bias": True}, "'attention_bias' is True"),
+    ("llama", {"mlp_bias": True}, "'mlp_bias' is True"),
+    ("llama", {"num_key_value_heads": 3}, "4 attention heads cannot share 3"),
+    ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not built"),
+    ("llama", {"quantization_config": {"quant_method": "fp8"}}, "'quantization_config'"),
+    ("llama", {"hidden_size": None}, "no 'hidden_size'"),
+    ("llama", {"rms_norm_eps": None}, "no 'rms_norm_eps'"),
+    ("llama", {"vocab_size": "131"}, "'vocab_size' must be a whole number"),
+    ("mistral", {"sliding_window": 128}, "'sliding_window' is 128"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 128}, "'sliding_window' is 128"),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 128}, "'sliding_window' is 128"),
+    ("qwen3", {"attention_bias": True}, "'attention_bias' is True"),
+    ("qwen3_moe", {"attention_bias": True}, "'attention_bias' is True"),
+    ("qwen3_moe", {"layer_types": ["sliding_attention"]}, "'layer_types' has"),
+    ("qwen3_moe", {"num_experts": None}, "no 'num_experts'"),
+    ("qwen3_moe", {"num_experts_per_tok": 5}, "cannot go to 5 of 4 experts"),
+    ("qwen3_moe", {"num_experts_per_tok": 1}, "'norm_topk_prob' with one expert a token"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), REFUSED)
+def test_what_is_not_built_is_refused_in_one_line(name, changes, message):
+    config = tiny_config(name, **changes)
+    family = find_family(config)
+    for function in (family.weight_table, family.megatron_config):
+        with pytest.raises(ValueError, match=message) as caught:
+            function(config)
+        assert "\n" not in str(caught.value)
+
+
+def test_mistral_must_say_whether_it_has_a_window():
+    config = tiny_config("mistral")
+    del config["sliding_window"]
+    with pytest.raises(ValueError, match="no 'sliding_window'; null means full attention"):
+        weight_table(config)
+
+
+def test_qwen_windows_that_are_switched_off_do_not_matter():
+    describe("qwen2", use_sliding_window=False, sliding_window=128)
+
+
+def test_architectures_in_megatron_words():
+    assert describe("qwen2").transformer["add_qkv_bias"]
+    assert describe("qwen3").transformer["qk_layernorm"]
+    assert describe("qwen3").transformer["kv_channels"] == 32
+    llama = describe("llama3_tied")
+    assert llama.transformer["kv_channels"] == 16
+    assert llama.gpt.is_tied
+    assert llama.gpt.rope_scaling.factor == 8.0
+    assert llama.activation == "silu"
+    assert {"add_qkv_bias", "qk_layernorm", "add_bias_linear"} & {
+        key for key, value in llama.transformer.items() if value
+    } == set()
+
+
+def test_renormalised_experts_choose_before_the_softmax():
+    """The other way round, a token's expert weights do not sum to one."""
+    assert not describe("qwen3_moe").transformer["moe_router_pre_softmax"]
+    assert describe("qwen3_moe_mixed").transformer["moe_router_pre_softmax"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [1, 1, 1, 1]),
+        ({"decoder_sparse_step": 2}, [0, 1, 0, 1]),
+        ({"mlp_only_layers": [0, 3]}, [0, 1, 1, 0]),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, [0, 0, 0, 1]),
+    ],
+)
+def test_layers_with_experts(changes, expected):
+    assert describe("qwen3_moe", **changes).transformer["moe_layer_freq"] == expected

@@ -1,0 +1,96 @@
+from math import prod
+
+import pytest
+
+from mtrain.bridge.file_plan import plan_files
+from mtrain.bridge.plan import hf_tensors, plan_rank, weight_table
+from mtrain.parallel import ParallelLayout
+from tests.tiny import TINY, tiny_config
+
+LAYOUTS = [
+    {},
+    {"world_size": 4},
+    {"world_size": 8, "tp_size": 2, "pp_size": 2},
+    {"world_size": 8, "tp_size": 2, "cp_size": 2},
+    {"world_size": 4, "pp_size": 2, "vpp_size": 2, "ep_size": 2},
+    {"world_size": 8, "tp_size": 2, "ep_size": 4, "etp_size": 1},
+    {"world_size": 8, "tp_size": 1, "ep_size": 2, "etp_size": 2},
+    {"world_size": 4, "tp_size": 2, "ep_size": 2, "etp_size": 2},
+]
+
+
+def files_for(name, layout, *, max_shard_size=50_000):
+    table = weight_table(tiny_config(name))
+    return plan_files(table, layout=layout, dtype="F32", max_shard_size=max_shard_size)
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
+def test_every_tensor_is_in_one_file_whose_group_holds_all_of_it(name, sizes):
+    """T24"""
+    layout = ParallelLayout(**sizes)
+    table = weight_table(tiny_config(name))
+    held = []
+    for rank in range(layout.world_size):
+        plan = plan_rank(table, layout=layout, rank=rank, backend="torch")
+        held.append(
+            {piece.hf_name: p.split_over for p in plan if not p.is_duplicate for piece in p.pieces}
+        )
+    files = files_for(name, layout)
+    names = [name for file in files for name, _ in file.tensors]
+    assert sorted(names) == sorted(hf_tensors(table))
+    for file in files:
+        size = layout.tp_size if file.group == "tp" else layout.etp_size
+        at = [layout.coordinates(rank) for rank in file.members]
+        index = [c.tp_rank if file.group == "tp" else c.etp_rank for c in at]
+        assert index == list(range(size))
+        assert file.writer in file.members
+        for tensor, _ in file.tensors:
+            assert all(tensor in held[rank] for rank in file.members)
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
+def test_files_stay_below_the_limit_unless_one_tensor_is_larger(sizes):
+    files = files_for("qwen3_moe", ParallelLayout(**sizes))
+    for file in files:
+        assert file.num_bytes == sum(4 * prod(shape) for _, shape in file.tensors)
+        assert file.num_bytes <= 50_000
+    for file in files_for("qwen3_moe", ParallelLayout(**sizes), max_shard_size=1):
+        assert len(file.tensors) == 1
+
+
+def test_names_are_those_of_the_hub():
+    (file,) = files_for("qwen3_moe", ParallelLayout(), max_shard_size=10**9)
+    assert file.name == "model.safetensors"
+    names = [file.name for file in files_for("llama", ParallelLayout(world_size=2, pp_size=2))]
+    assert names[0] == f"model-00001-of-{len(names):05}.safetensors"
+    assert names[-1] == f"model-{len(names):05}-of-{len(names):05}.safetensors"
+
+
+def test_one_rank_writes_the_tensors_in_the_order_of_the_model():
+    files = files_for("qwen3_moe", ParallelLayout())
+    names = [name for file in files for name, _ in file.tensors]
+    assert names == list(hf_tensors(weight_table(tiny_config("qwen3_moe"))))
+
+
+def test_data_parallel_copies_share_the_work():
+    files = files_for("llama", ParallelLayout(world_size=4, tp_size=2))
+    assert len(files) > 4
+    load = {rank: sum(f.num_bytes for f in files if f.writer == rank) for rank in range(4)}
+    assert max(load.values()) - min(load.values()) <= 50_000
+
+
+def test_experts_share_files_with_the_rest_where_one_group_holds_both():
+    for sizes in ({}, {"world_size": 2, "tp_size": 2, "etp_size": 2}):
+        files = files_for("qwen3_moe", ParallelLayout(**sizes), max_shard_size=10**9)
+        assert [file.group for file in files] == ["tp"]
+
+
+def test_a_thousand_ranks_are_planned_in_a_second(benchmark_seconds=1.0):
+    import time
+
+    layout = ParallelLayout(world_size=1024, tp_size=4, pp_size=4, ep_size=4, etp_size=1)
+    start = time.monotonic()
+    files = files_for("qwen3_moe", layout)
+    assert time.monotonic() - start < benchmark_seconds
+    assert len({file.writer for file in files}) > 16

@@ -1,0 +1,67 @@
+"""Buckets and one-member gathering; several members are covered by test_save.py."""
+
+from math import prod
+
+import pytest
+import torch
+
+from mtrain.bridge.gather import BlockGatherer, make_buckets
+from mtrain.bridge.load import load_weights
+from mtrain.bridge.plan import plan_rank, weight_table
+from mtrain.bridge.safetensors_folder import open_checkpoint
+from mtrain.bridge.slices import tensors_by_name
+from mtrain.parallel import ParallelLayout
+from tests.bridge.standin import make_chunks, random_tensors, write_checkpoint
+from tests.tiny import tiny_config
+
+TENSORS = (("a", (10, 3)), ("b", (4,)), ("c", (2, 50)), ("d", (3, 1)))
+
+
+@pytest.mark.parametrize("max_elements", [1, 7, 30, 64, 1000])
+def test_buckets_hold_all_rows_in_order_and_stay_small(max_elements):
+    buckets = list(make_buckets(TENSORS, max_elements=max_elements))
+    rows = [
+        (block.name, row)
+        for bucket in buckets
+        for block in bucket
+        for row in range(block.start, block.start + block.shape[0])
+    ]
+    assert rows == [(name, row) for name, shape in TENSORS for row in range(shape[0])]
+    for bucket in buckets:
+        size = sum(prod(block.shape) for block in bucket)
+        assert size <= max_elements or [block.shape[0] for block in bucket] == [1]
+    whole = {block.name for bucket in buckets for block in bucket if block.is_whole}
+    assert whole == {name for name, shape in TENSORS if prod(shape) <= max_elements}
+
+
+@pytest.mark.parametrize("max_elements", [1, 100, 1000, 10**9])
+def test_blocks_of_any_size_put_the_tensors_together_again(tmp_path, max_elements):
+    """T24: blocks that cut through interleaved heads, experts and padding."""
+    hf = random_tensors("qwen3_moe_mixed", num_hidden_layers=2)
+    write_checkpoint(tmp_path, hf)
+    table = weight_table(tiny_config("qwen3_moe_mixed", num_hidden_layers=2))
+    layout = ParallelLayout()
+    plan = plan_rank(table, layout=layout, rank=0, backend="te")
+    chunks = make_chunks(plan, num_chunks=1, dtype=torch.float32)
+    load_weights(
+        chunks, open_checkpoint(tmp_path), table=table, layout=layout, rank=0, backend="te"
+    )
+    (tensors,) = tensors_by_name(chunks)
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    gatherer = BlockGatherer(
+        [plan],
+        me=0,
+        group=None,
+        lookup=lambda chunk, name: tensors[name].detach(),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in hf.items())
+    flat = torch.cat(
+        [
+            gatherer.gather(bucket, writer=0)
+            for bucket in make_buckets(shapes, max_elements=max_elements)
+        ]
+    )
+    assert torch.equal(flat, torch.cat([tensor.flatten() for tensor in hf.values()]))
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
