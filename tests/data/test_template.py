@@ -134,6 +134,15 @@ def test_the_default_system_message_gives_way_to_the_conversation():
     assert "default" not in template.render(own).text
 
 
+def test_a_turn_ends_at_its_first_end_token_whatever_the_user_writes():
+    """The last turn ends with another token than the earlier ones, which the user quotes."""
+    source = CHATML.replace("'<|im_end|>\\n'", "'</s>' if loop.last else '<|im_end|>\\n'")
+    assert source != CHATML
+    template = ChatTemplate(make_tokenizer(source))
+    found = spans(template, chat("q", "a1", "what is </s>?", "a2"))
+    assert found == ["a1<|im_end|>", "a2</s>"]
+
+
 def test_an_answer_with_the_end_of_turn_token_is_refused():
     template = ChatTemplate(make_tokenizer(CHATML))
     with pytest.raises(SampleRefused, match=r"contains the end-of-turn token <\|im_end\|>"):
