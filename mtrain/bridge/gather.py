@@ -37,7 +37,15 @@ class Block:
 
 Bucket = tuple[Block, ...]
 TensorLookup = Callable[[int, str], torch.Tensor]
-_Source = tuple[ParameterPlan, Piece]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A piece of a parameter inside a block; `block` is its index in the bucket."""
+
+    block: int
+    parameter: ParameterPlan
+    piece: Piece
 
 
 def make_buckets(tensors: tuple[tuple[str, Shape], ...], *, max_elements: int) -> Iterator[Bucket]:
@@ -75,7 +83,7 @@ class BlockGatherer:
     Args:
         plans: Plan of every member, in the order of the group.
         me: Index of this rank in the group.
-        group: The process group; not used when there is one member.
+        group: The process group; it may be None when there is one member.
         lookup: Gives the local tensor of a parameter: (chunk, name) -> tensor.
         dtype: Dtype of the tensors.
         device: Where they are.
@@ -86,7 +94,7 @@ class BlockGatherer:
         plans: list[Plan],
         *,
         me: int,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         lookup: TensorLookup,
         dtype: torch.dtype,
         device: torch.device,
@@ -109,7 +117,7 @@ class BlockGatherer:
             The elements of the blocks one after the other, on the writer; None on the others.
         """
         parts = [self._parts(member, bucket, writer) for member in range(len(self._sources))]
-        sizes = [sum(box_size(piece.hf) for _, _, piece in part) for part in parts]
+        sizes = [sum(box_size(part.piece.hf) for part in member) for member in parts]
         mine = self._pack(parts[self._me], size=max(sizes))
         # Nothing is sent when only the writer has a part, as in a bucket of norms.
         if any(size for member, size in enumerate(sizes) if member != writer):
@@ -118,37 +126,36 @@ class BlockGatherer:
             received = [mine] * len(sizes)
         if self._me != writer:
             return None
-        whole = torch.empty(
-            sum(prod(block.shape) for block in bucket), dtype=self._dtype, device=self._device
-        )
+        num_elements = sum(prod(block.shape) for block in bucket)
+        assert sum(sizes) == num_elements, "the parts do not make up the blocks"
+        whole = torch.empty(num_elements, dtype=self._dtype, device=self._device)
         views = _split(whole, [block.shape for block in bucket])
-        for part, packed in zip(parts, received, strict=True):
-            shapes = [box_shape(piece.hf) for _, _, piece in part]
-            for (index, _, piece), source in zip(part, _split(packed, shapes), strict=True):
-                target = view_box(views[index], piece.hf)
+        for member_parts, packed in zip(parts, received, strict=True):
+            sources = _split(packed, [box_shape(part.piece.hf) for part in member_parts])
+            for part, source in zip(member_parts, sources, strict=True):
+                target = view_box(views[part.block], part.piece.hf)
                 target.copy_(source.view(target.shape))
         return whole
 
-    def _parts(
-        self, member: int, bucket: Bucket, writer: int
-    ) -> list[tuple[int, ParameterPlan, Piece]]:
-        """What a member contributes: (index of the block, parameter, piece inside the block)."""
+    def _parts(self, member: int, bucket: Bucket, writer: int) -> list[_Part]:
+        """What a member contributes to a bucket."""
         return [
-            (index, parameter, part)
+            _Part(index, parameter, clipped)
             for index, block in enumerate(bucket)
             for parameter, piece in self._sources[member].get(block.name, ())
             # All members hold the same of what is not split; the writer takes its own.
             if parameter.split_over or member == writer
-            for part in _within(piece, block)
+            for clipped in _within(piece, block)
         ]
 
-    def _pack(self, part: list[tuple[int, ParameterPlan, Piece]], *, size: int) -> torch.Tensor:
+    def _pack(self, parts: list[_Part], *, size: int) -> torch.Tensor:
         packed = torch.empty(size, dtype=self._dtype, device=self._device)
-        shapes = [box_shape(piece.hf) for _, _, piece in part]
-        for (_, parameter, piece), target in zip(part, _split(packed, shapes), strict=True):
+        targets = _split(packed, [box_shape(part.piece.hf) for part in parts])
+        for part, target in zip(parts, targets, strict=True):
+            parameter = part.parameter
             tensor = self._lookup(parameter.chunk, parameter.name)
             assert tensor.dtype == self._dtype, f"{parameter.name} is {tensor.dtype}"
-            source = view_box(tensor, piece.local, expert=piece.expert)
+            source = view_box(tensor, part.piece.local, expert=part.piece.expert)
             target.view(source.shape).copy_(source)
         return packed
 
@@ -162,8 +169,8 @@ class BlockGatherer:
         return [] if received is None else [packed.view(self._dtype) for packed in received]
 
 
-def _sources_by_name(plan: Plan) -> Mapping[str, list[_Source]]:
-    sources: dict[str, list[_Source]] = {}
+def _sources_by_name(plan: Plan) -> Mapping[str, list[tuple[ParameterPlan, Piece]]]:
+    sources: dict[str, list[tuple[ParameterPlan, Piece]]] = {}
     for parameter in plan:
         if not parameter.is_duplicate:
             for piece in parameter.pieces:

@@ -85,11 +85,15 @@ def save_tensors(
 
     Returns:
         Names of all files of the checkpoint, the index among them; the same on every rank.
+
+    Raises:
+        OSError: This rank could not write a file. The others do not hear of it from here.
     """
     layout = state.layout
     files = plan_files(
         table, layout=layout, dtype=_DTYPE_NAMES[dtype], max_shard_size=max_shard_size
     )
+    errors: list[OSError] = []
     # Every rank is in one group of each kind. Going through all files of one kind first keeps the
     # order of collectives the same for everybody.
     for kind, group in (("tp", state.groups.tp), ("etp", state.groups.etp)):
@@ -105,7 +109,14 @@ def save_tensors(
             dtype=dtype,
             device=state.device,
         )
-        _write_files(mine, folder, gatherer, rank=state.rank, dtype=dtype, max_bytes=bucket_bytes)
+        try:
+            _write_files(
+                mine, folder, gatherer, rank=state.rank, dtype=dtype, max_bytes=bucket_bytes
+            )
+        except OSError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
     names = tuple(file.name for file in files)
     if len(files) == 1:
         return names
@@ -124,23 +135,33 @@ def _write_files(
     dtype: torch.dtype,
     max_bytes: int,
 ) -> None:
+    """Writes the files of one kind of group.
+
+    A rank that cannot write raises at the end: until then it takes part in gathering, so that the
+    others do not wait for it.
+    """
     staging = _HostBuffer()
     max_elements = max(1, max_bytes // dtype.itemsize)
+    error: OSError | None = None
     with ExitStack() as stack:
-        writers = {
-            file.name: stack.enter_context(
-                SafetensorsWriter(
-                    folder / file.name,
-                    [(name, _DTYPE_NAMES[dtype], shape) for name, shape in file.tensors],
-                )
-            )
-            for file in files
-            if file.writer == rank
-        }
+        writers: dict[str, SafetensorsWriter] = {}
+        try:
+            for file in files:
+                if file.writer == rank:
+                    entries = [(name, _DTYPE_NAMES[dtype], shape) for name, shape in file.tensors]
+                    writer = SafetensorsWriter(folder / file.name, entries)
+                    writers[file.name] = stack.enter_context(writer)
+        except OSError as caught:
+            error = caught
         for file, bucket in _in_turns(files, max_elements=max_elements):
             gathered = gatherer.gather(bucket, writer=file.members.index(file.writer))
-            if gathered is not None:
-                writers[file.name].append(staging.bytes_of(gathered))
+            if gathered is not None and error is None:
+                try:
+                    writers[file.name].append(staging.bytes_of(gathered))
+                except OSError as caught:
+                    error = caught
+        if error is not None:
+            raise error
 
 
 def _in_turns(files: list[WeightFile], *, max_elements: int) -> Iterator[tuple[WeightFile, Bucket]]:

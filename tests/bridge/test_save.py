@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mtrain.bridge.file_plan import plan_files
 from mtrain.bridge.plan import weight_table
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.save import save_tensors, save_weights
@@ -179,3 +180,22 @@ def test_tensors_may_be_computed_when_they_are_asked_for(checkpoints, tmp_path):
     run_ranks(ParallelLayout(world_size=2, tp_size=2), save_computed, source, tmp_path)
     saved = tensors_of(tmp_path)
     assert all(torch.equal(saved[key], 2 * value) for key, value in tensors_of(source).items())
+
+
+def save_or_say_which_file_failed(state, source, target):
+    try:
+        load_and_save(state, source, target, 150_000, 10_000)
+    except FileExistsError as error:
+        return Path(error.filename).name
+    return "saved"
+
+
+def test_a_rank_that_cannot_write_does_not_hold_up_the_others(checkpoints, tmp_path):
+    source = checkpoints("qwen3_moe_mixed")
+    layout = ParallelLayout(world_size=4, tp_size=2, ep_size=2)
+    table = weight_table(read_config(source))
+    taken = plan_files(table, layout=layout, dtype="F32", max_shard_size=150_000)[0]
+    (tmp_path / taken.name).write_bytes(b"")
+    answers = run_ranks(layout, save_or_say_which_file_failed, source, tmp_path)
+    assert answers[taken.writer] == taken.name
+    assert answers.count("saved") == 3
