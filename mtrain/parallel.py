@@ -7,7 +7,6 @@ agree with it and returns one frozen `ParallelState`.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -171,7 +170,7 @@ def initialize_parallel(
         seed: Seed of the random states; Megatron-Core derives one for each tensor-parallel rank.
         timeout_seconds: How long a collective may wait for a rank.
         store_file: Rendezvous file; without it MASTER_ADDR and MASTER_PORT of the environment
-            are used, or nothing at all for a single process.
+            are used; a single process needs neither.
 
     Raises:
         RuntimeError: The ranks did not meet in time.
@@ -185,7 +184,7 @@ def initialize_parallel(
     store = None
     if store_file is not None:
         store = dist.FileStore(str(store_file), layout.world_size)
-    elif layout.world_size == 1 and "MASTER_ADDR" not in os.environ:
+    elif layout.world_size == 1:
         store = dist.HashStore()
     dist.init_process_group(
         collective_backend(),

@@ -71,12 +71,14 @@ def _sft(words: list[str]) -> int:
         return _sft_rank(words, here)
     config = _read_sft_config(words, here)
     check_output_dir(config.checkpoint)
-    from mtrain.cli import sft
+    from mtrain.cli.preparation import prepare
 
-    sft.prepare(config, local_rank_zero=True)
+    prepare(config, world_size=here.world_size, show_progress=True)
     if isinstance(here, Launch):
         return launch_ranks(here, ["-m", "mtrain.cli.main", "sft", *words])
-    return sft.run(config)
+    from mtrain.cli.sft import run
+
+    return run(config, here)
 
 
 def _sft_rank(words: list[str], here: Placement) -> int:
@@ -89,12 +91,13 @@ def _sft_rank(words: list[str], here: Placement) -> int:
         config = _read_sft_config(words, here)
         if here.rank == 0 and not here.is_prepared:
             check_output_dir(config.checkpoint)
-        from mtrain.cli import sft
+        from mtrain.cli.preparation import prepare
+        from mtrain.cli.sft import run
 
         join_ranks(here)
         if not here.is_prepared:
-            sft.prepare(config, local_rank_zero=here.local_rank == 0)
-        return sft.run(config)
+            prepare(config, world_size=here.world_size, show_progress=here.local_rank == 0)
+        return run(config, here)
     except ValueError as error:
         # Not for `main`: a rank that failed must not wait for the others when it ends.
         report(type(error), error, error.__traceback__)

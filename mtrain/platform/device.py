@@ -83,6 +83,9 @@ def prepare_megatron() -> None:
     cpu.install_cpu_stand_ins()
     for name in ("megatron.core", "megatron.core.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Later too: they speak to developers of Megatron-Core, once a rank.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed", category=FutureWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with contextlib.nullcontext() if has_gpu() else cpu.eager_fusions():

@@ -1,0 +1,145 @@
+"""The checkpoint to start from: found or downloaded, and checked before anything starts.
+
+All checks here read headers and JSON only. Ranks repeat them, on files that are there by then.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtrain.bridge.families import find_family
+from mtrain.bridge.family import Family
+from mtrain.bridge.ledger import check_checkpoint
+from mtrain.bridge.plan import Backend, plan_rank
+from mtrain.bridge.rules import WeightTable
+from mtrain.bridge.safetensors_folder import Checkpoint, open_checkpoint
+from mtrain.config import ModelConfig, ParallelConfig
+from mtrain.config.model_checks import check_model_folder, read_hf_config
+from mtrain.config.path_checks import local_model_folder
+from mtrain.parallel import ParallelLayout
+
+# Never a pickle: .bin and .pt files stay on the hub.
+_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """A Hugging Face checkpoint that passed its checks.
+
+    Attributes:
+        folder: Where its files are.
+        hf_config: Its config.json with the overrides of the user applied.
+        family: Its family.
+        table: Its weights.
+        checkpoint: The tensors in its files.
+    """
+
+    folder: Path
+    hf_config: dict[str, Any]
+    family: Family
+    table: WeightTable
+    checkpoint: Checkpoint
+
+
+def parallel_layout(parallel: ParallelConfig, *, world_size: int) -> ParallelLayout:
+    """The layout that the flags describe.
+
+    Raises:
+        ValueError: The ranks cannot be divided that way.
+    """
+    return ParallelLayout(
+        world_size=world_size,
+        tp_size=parallel.tensor_model_parallel_size,
+        pp_size=parallel.pipeline_model_parallel_size,
+        vpp_size=parallel.virtual_pipeline_model_parallel_size,
+        ep_size=parallel.expert_model_parallel_size,
+        etp_size=parallel.expert_tensor_parallel_size,
+        cp_size=parallel.context_parallel_size,
+        num_layers_in_first_stage=parallel.decoder_first_pipeline_num_layers,
+        num_layers_in_last_stage=parallel.decoder_last_pipeline_num_layers,
+    )
+
+
+def open_source(
+    model: ModelConfig, parallel: ParallelConfig, *, world_size: int, download: bool
+) -> ModelSource:
+    """Finds the checkpoint and checks that it can be trained in this layout.
+
+    Args:
+        model: Which checkpoint, and overrides of its config.json.
+        parallel: Parallel sizes.
+        world_size: Ranks of the run.
+        download: Whether a hub may be asked; ranks find the files in its cache.
+
+    Raises:
+        ValueError: With the reason, in one line.
+    """
+    assert model.model is not None, "check_sft refuses it"
+    folder = local_model_folder(model.model)
+    if folder is None:
+        config_only = _fetch(model, patterns=["config.json"], download=download)
+        find_family(_overridden(read_hf_config(config_only), model))
+        folder = _fetch(model, patterns=_FILES, download=download)
+        check_model_folder(folder, model=model, parallel=parallel)
+    hf_config = _overridden(read_hf_config(folder), model)
+    family = find_family(hf_config)
+    table = family.weight_table(hf_config)
+    layout = parallel_layout(parallel, world_size=world_size)
+    for pp_rank in range(layout.pp_size):
+        rank = pp_rank * (world_size // layout.pp_size)
+        plan_rank(table, layout=layout, rank=rank, backend="torch")
+    checkpoint = open_checkpoint(folder)
+    check_checkpoint(table, checkpoint)
+    return ModelSource(
+        folder=folder, hf_config=hf_config, family=family, table=table, checkpoint=checkpoint
+    )
+
+
+def hf_names(table: WeightTable, *, backend: Backend) -> dict[str, tuple[str, ...]]:
+    """Hugging Face names of every Megatron parameter of the whole model."""
+    plan = plan_rank(table, layout=ParallelLayout(), rank=0, backend=backend)
+    return {
+        parameter.name: tuple(dict.fromkeys(piece.hf_name for piece in parameter.pieces))
+        for parameter in plan
+    }
+
+
+def _overridden(hf_config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """config.json with `--model_type` and `--rope_scaling` applied."""
+    result = dict(hf_config)
+    if model.model_type is not None:
+        result["model_type"] = model.model_type
+    if model.rope_scaling is not None:
+        # transformers 5 keeps the base of the rotary embedding among these parameters.
+        key = "rope_parameters" if "rope_parameters" in result else "rope_scaling"
+        theta = {"rope_theta": (result.get(key) or {}).get("rope_theta")}
+        kept = {name: value for name, value in theta.items() if value is not None}
+        result[key] = {**kept, **model.rope_scaling}
+    return result
+
+
+def _fetch(model: ModelConfig, *, patterns: list[str], download: bool) -> Path:
+    """Downloads files of a model into the hub's own cache and returns their folder."""
+    use_hf = model.use_hf
+    try:
+        if use_hf:
+            from huggingface_hub import snapshot_download
+        else:
+            from modelscope import snapshot_download
+        path = snapshot_download(
+            model.model,
+            revision=model.model_revision,
+            token=model.hub_token,
+            allow_patterns=patterns,
+            local_files_only=not download,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        hub = "Hugging Face" if use_hf else "ModelScope (--use_hf true for Hugging Face)"
+        reason = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+        raise ValueError(
+            f"--model {model.model}: no such folder, and it could not be fetched from {hub}: "
+            f"{reason[:200]}"
+        ) from error
+    return Path(path)

@@ -1,0 +1,74 @@
+"""What happens before the ranks exist: the model is found and checked, the data prepared.
+
+Nothing here needs torch or Megatron-Core, so the process that starts the ranks stays light. The
+ranks call `open_inputs` again and find everything in place.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from mtrain.cli.model_source import ModelSource, open_source
+from mtrain.config import SftConfig
+from mtrain.data.tokenize import PreparedData, prepare_datasets
+
+_CACHE_DIR = Path.home() / ".cache" / "mtrain"
+
+
+def prepare(config: SftConfig, *, world_size: int, show_progress: bool) -> None:
+    """Finds and checks the model, and prepares the data into the cache.
+
+    Any number of processes may call it at once; one prepares, the others wait for it.
+
+    Args:
+        config: Resolved and checked.
+        world_size: Ranks of the run.
+        show_progress: Whether this process speaks for its machine.
+
+    Raises:
+        ValueError: The model or the data cannot be used, with the reason in one line.
+    """
+    source = open_source(config.model, config.parallel, world_size=world_size, download=True)
+    data = _prepare_data(config, source, show_progress=show_progress)
+    if show_progress:
+        for name, report in (("train", data.report.train), ("val", data.report.validation)):
+            if report is not None:
+                print(f"{name} data: {report.summary()}", file=sys.stderr)
+
+
+def open_inputs(config: SftConfig, *, world_size: int) -> tuple[ModelSource, PreparedData]:
+    """The model and the data as `prepare` left them.
+
+    Raises:
+        ValueError: They changed since and cannot be used any more.
+    """
+    source = open_source(config.model, config.parallel, world_size=world_size, download=False)
+    # Whoever asked for fresh data has it by now.
+    cached = dataclasses.replace(config.data, load_from_cache_file=True)
+    config = dataclasses.replace(config, data=cached)
+    return source, _prepare_data(config, source, show_progress=False)
+
+
+def _prepare_data(config: SftConfig, source: ModelSource, *, show_progress: bool) -> PreparedData:
+    data = prepare_datasets(
+        config.data,
+        config.template,
+        model_dir=source.folder,
+        cache_dir=_CACHE_DIR,
+        show_progress=show_progress,
+        use_hf=config.model.use_hf,
+        hub_token=config.model.hub_token,
+    )
+    _check_token_ids(data, source)
+    return data
+
+
+def _check_token_ids(data: PreparedData, source: ModelSource) -> None:
+    reports = (data.report.train, data.report.validation)
+    highest = max(report.max_token_id for report in reports if report is not None)
+    vocab_size = source.hf_config["vocab_size"]
+    if highest >= vocab_size:
+        raise ValueError(
+            f"the data has token {highest}, but the embedding of {source.folder} has "
+            f"{vocab_size} rows; the tokenizer does not belong to this model"
+        )

@@ -1,0 +1,314 @@
+"""`megatron sft` on one rank, from the configuration to the last checkpoint, in order.
+
+This is the file to read first. By the time it runs, `mtrain.cli.main` has checked the flags and
+`mtrain.cli.preparation` has prepared the data, before the ranks were started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mtrain.bridge.load import load_weights
+from mtrain.checkpoint.folder import create_run_folder
+from mtrain.checkpoint.weights import WeightsFormat, save_checkpoint
+from mtrain.cli.launch import Placement
+from mtrain.cli.model_source import ModelSource, hf_names, parallel_layout
+from mtrain.cli.preparation import open_inputs
+from mtrain.config import SftConfig, config_to_dict
+from mtrain.data.loader import BatchLayout, BatchPlan, PackedBatch, load_steps
+from mtrain.data.report import PreparationReport
+from mtrain.data.storage import TokenizedDataset
+from mtrain.model.backends import choose_backend
+from mtrain.model.build import build_model, fuse_weight_gradients, transformer_config
+from mtrain.model.gpt import LanguageModel
+from mtrain.parallel import ParallelState, destroy_parallel, initialize_parallel
+from mtrain.platform.device import device_info
+from mtrain.training.balance import count_routers
+from mtrain.training.evaluate import EvaluationResult, evaluate
+from mtrain.training.flops import ModelShape
+from mtrain.training.freeze import freeze_parameters
+from mtrain.training.loop import LoopPlan, epoch_ends, every, train
+from mtrain.training.metrics import Meter, RunSize
+from mtrain.training.optimizer import build_optimizer, build_scheduler
+from mtrain.training.wrap import wrap_chunks
+from mtrain.training.writers import open_run_log
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+
+
+def run(config: SftConfig, here: Placement) -> int:
+    """Trains on this rank; every rank runs it.
+
+    Args:
+        config: Resolved and checked.
+        here: This rank.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        ValueError: A setting does not fit the model or the data.
+        NonFiniteError: The loss or a gradient is not finite.
+        SaveError: A checkpoint could not be written.
+    """
+    started = datetime.now()
+    source, data = open_inputs(config, world_size=here.world_size)
+    state = initialize_parallel(
+        parallel_layout(config.parallel, world_size=here.world_size),
+        rank=here.rank,
+        local_rank=here.local_rank,
+        seed=config.training.seed,
+        timeout_seconds=config.parallel.ddp_timeout,
+    )
+    train_data = _Batches(config, TokenizedDataset(data.train), data.report, state)
+    total_steps = config.training.train_iters or train_data.plan.total_steps
+
+    backend = choose_backend(config.model.transformer_impl)
+    bare = _load_model(config, source, state, backend=backend)
+    num_trained = freeze_parameters(
+        bare, tuner=config.tuner, state=state, hf_names=hf_names(source.table, backend=backend)
+    )
+    chunks = wrap_chunks(
+        bare,
+        parallel=config.parallel,
+        grad_reduce_in_fp32=config.training.accumulate_allreduce_grads_in_fp32,
+    )
+    optimizer = build_optimizer(chunks, config.optimizer)
+    scheduler = build_scheduler(optimizer, config.optimizer, total_steps=total_steps)
+
+    folder = create_run_folder(
+        Path(config.checkpoint.output_dir),
+        add_version=config.checkpoint.add_version,
+        started=started,
+        state=state,
+    )
+    save = functools.partial(_save, config, source, state, folder, backend, bare)
+    evaluation = None
+    if data.validation is not None and config.training.eval_iters != 0:
+        validation = _Batches(
+            config, TokenizedDataset(data.validation), data.report, state, is_training=False
+        )
+        evaluation = functools.partial(_evaluate, config, validation, chunks, state)
+    with contextlib.ExitStack() as stack:
+        log = None
+        if state.is_first_rank:
+            _announce(source, state, backend=backend, num_trained=num_trained, folder=folder)
+            log = stack.enter_context(
+                open_run_log(
+                    config.logging,
+                    folder=folder,
+                    total_steps=total_steps,
+                    arguments=config_to_dict(config),
+                )
+            )
+        train(
+            chunks=chunks,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            steps=train_data.steps(total_steps),
+            plan=_loop_plan(config, train_data.plan, total_steps=total_steps),
+            settings=config.training,
+            state=state,
+            meter=_meter(bare, source, train_data, state, total_steps=total_steps),
+            log=log,
+            evaluate=evaluation,
+            save=save,
+        )
+    destroy_parallel()
+    return 0
+
+
+class _Batches:
+    """The batches of this data-parallel rank from one prepared dataset."""
+
+    def __init__(
+        self,
+        config: SftConfig,
+        dataset: TokenizedDataset,
+        report: PreparationReport,
+        state: ParallelState,
+        *,
+        is_training: bool = True,
+    ) -> None:
+        data, training = config.data, config.training
+        packing_length = data.packing_length or report.max_length if data.packing else None
+        self._dataset = dataset
+        self._data = data
+        self._state = state
+        self.plan = BatchPlan(
+            dataset.lengths,
+            micro_batch_size=training.micro_batch_size,
+            global_batch_size=training.global_batch_size,
+            num_epochs=training.num_train_epochs if is_training else 1,
+            shuffle=data.train_dataloader_shuffle and is_training,
+            seed=training.seed,
+            packing_length=packing_length,
+            packing_strategy=data.packing_strategy,
+        )
+        self._layout = BatchLayout(
+            micro_batch_size=training.micro_batch_size,
+            packing_length=packing_length,
+            padding_free=data.padding_free,
+            # Sequence parallelism cuts sequences into equal parts; kernels like multiples of 8.
+            pad_to_multiple=math.lcm(8, state.layout.tp_size),
+            pad_token_id=report.pad_token_id,
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+        return len(self._dataset)
+
+    def steps(self, num_steps: int) -> Iterator[list[PackedBatch]]:
+        """The micro-batches of each step."""
+        return load_steps(
+            self._dataset,
+            self.plan,
+            self._layout,
+            dp_rank=self._state.coordinates.dp_rank,
+            dp_size=self._state.layout.dp_size,
+            last_step=num_steps,
+            num_workers=self._data.dataloader_num_workers,
+            prefetch_factor=self._data.dataloader_prefetch_factor,
+        )
+
+
+def _load_model(
+    config: SftConfig, source: ModelSource, state: ParallelState, *, backend: str
+) -> list[LanguageModel]:
+    """Builds the chunks of this rank and fills them from the checkpoint."""
+    described = source.family.megatron_config(source.hf_config)
+    model_config = transformer_config(
+        described,
+        state.layout,
+        model=config.model,
+        parallel=config.parallel,
+        training=config.training,
+        moe=config.moe,
+        dtype=training_dtype(config.model.torch_dtype, source.hf_config),
+        backend=backend,
+    )
+    chunks = build_model(described, model_config, state, backend=backend)
+    load_weights(
+        chunks,
+        source.checkpoint,
+        table=source.table,
+        layout=state.layout,
+        rank=state.rank,
+        backend=backend,
+    )
+    if backend == "te" and config.model.gradient_accumulation_fusion:
+        fuse_weight_gradients(chunks)
+    return chunks
+
+
+def training_dtype(wanted: str | None, hf_config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of weights and activations: what was asked for, or else the checkpoint's."""
+    name = wanted or hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    dtypes = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    if name not in dtypes:
+        raise ValueError(f"config.json: dtype {name!r} cannot be trained in; give --torch_dtype")
+    return dtypes[name]
+
+
+def _loop_plan(config: SftConfig, batches: BatchPlan, *, total_steps: int) -> LoopPlan:
+    checkpoints = every(config.checkpoint.save_steps, total_steps)
+    evaluations = every(config.training.eval_steps, total_steps)
+    if config.checkpoint.save_strategy == "epoch":
+        checkpoints = epoch_ends(batches.epochs_consumed, total_steps)
+        evaluations |= checkpoints
+    return LoopPlan(
+        total_steps=total_steps,
+        logging_steps=config.logging.logging_steps,
+        checkpoints=checkpoints,
+        evaluations=evaluations,
+    )
+
+
+def _meter(
+    chunks: Sequence[LanguageModel],
+    source: ModelSource,
+    batches: _Batches,
+    state: ParallelState,
+    *,
+    total_steps: int,
+) -> Meter:
+    size = RunSize(
+        total_steps=total_steps,
+        samples_per_epoch=batches.num_samples,
+        shape=ModelShape.from_config(chunks[0].config, vocab_size=source.hf_config["vocab_size"]),
+        num_routers=count_routers(chunks),
+    )
+    return Meter(state=state, device=device_info(), size=size)
+
+
+def _save(
+    config: SftConfig,
+    source: ModelSource,
+    state: ParallelState,
+    folder: Path,
+    backend: str,
+    chunks: Sequence[LanguageModel],
+    step: int,
+) -> None:
+    save_checkpoint(
+        folder,
+        step,
+        chunks,
+        form=WeightsFormat(
+            source=source.folder,
+            hf_config=source.hf_config,
+            backend=backend,
+            dtype=chunks[0].config.params_dtype,
+            max_shard_size=config.checkpoint.max_shard_bytes,
+        ),
+        arguments=config_to_dict(config),
+        state=state,
+        save_total_limit=config.checkpoint.save_total_limit,
+    )
+
+
+def _evaluate(
+    config: SftConfig,
+    batches: _Batches,
+    chunks: Sequence[DistributedDataParallel],
+    state: ParallelState,
+) -> EvaluationResult:
+    num_steps = batches.plan.total_steps
+    if config.training.eval_iters > 0:
+        num_steps = min(num_steps, config.training.eval_iters)
+    return evaluate(chunks, batches.steps(num_steps), state=state)
+
+
+def _announce(
+    source: ModelSource, state: ParallelState, *, backend: str, num_trained: int, folder: Path
+) -> None:
+    layout = state.layout
+    sizes = {
+        "TP": layout.tp_size,
+        "PP": layout.pp_size,
+        "VPP": layout.num_chunks,
+        "EP": layout.ep_size,
+        "ETP": layout.etp_size,
+        "DP": layout.dp_size,
+    }
+    split = " ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one rank"
+    print(
+        f"{source.family.name}: {num_trained:,} weights are trained on {device_info().name} "
+        f"({split}, {backend} backend); checkpoints go to {folder}",
+        file=sys.stderr,
+    )
