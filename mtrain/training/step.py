@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mtrain.model.loss import IGNORED
 from mtrain.parallel import ParallelState
@@ -88,12 +88,13 @@ def train_step(
     sums = run_schedule(chunks, on_device, scale=scale, forward_only=False)
     learning_rate = scheduler.get_lr({})
     overflowed = optimizer.prepare_grads()
-    grad_norm = math.nan if overflowed else optimizer.get_grad_norm()
+    norm = _grad_norm(optimizer, state.device)
+    grad_norm = math.nan if overflowed else norm.item()
     if not math.isfinite(grad_norm):
         can_skip = overflowed and float(optimizer.get_loss_scale()) > _LOWEST_LOSS_SCALE
         _stop_or_skip(batches, sums, can_skip=can_skip, state=state, step=step)
     else:
-        _update(optimizer, grad_norm)
+        _update(optimizer, norm)
         scheduler.step(1)
     return StepResult(
         sums=_total(sums, state.device),
@@ -192,15 +193,26 @@ def _loss_scale(batches: Sequence[MicroBatch], state: ParallelState) -> torch.Te
     return len(batches) * state.layout.dp_size / num_labels.clamp(min=1)
 
 
-def _update(optimizer: ChainedOptimizer, grad_norm: float) -> None:
+def _grad_norm(optimizer: ChainedOptimizer, device: torch.device) -> torch.Tensor:
+    """Global gradient norm, a scalar on the device.
+
+    Each part of the optimizer (dense parameters, experts) knows the ranks that share its gradients.
+    Megatron-Core's own function reads the norm of every tensor back to the host when neither
+    Transformer Engine nor apex is there.
+    """
+    squares = torch.zeros((), device=device)
+    for part in optimizer.chained_optimizers:
+        square = get_total_norm(part.get_main_grads_for_grad_norm()).to(device).square()
+        dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
+        squares += square
+    return squares.sqrt()
+
+
+def _update(optimizer: ChainedOptimizer, grad_norm: torch.Tensor) -> None:
     """Clips gradients and steps; `ChainedOptimizer.step` would not let us look in between."""
     for part in optimizer.chained_optimizers:
-        if part.config.clip_grad > 0 and not part.is_stub_optimizer and part.get_parameters():
-            clip_grad_by_total_norm_fp32(
-                part.get_parameters(),
-                max_norm=part.config.clip_grad,
-                total_norm=grad_norm,
-            )
+        if part.config.clip_grad > 0:
+            clip_grads_with_norm_(part.get_parameters(), part.config.clip_grad, grad_norm)
     optimizer.step_with_ready_grads()
 
 

@@ -136,6 +136,11 @@ def poisoned_step(state: ParallelState, folder: Path, what: str) -> tuple[str, b
         before = rig.weights()
     if what == "gradient" and weight is not None:
         weight.register_hook(lambda grad: grad * math.nan)
+    if what == "loss" and state.rank == 0:
+        # The gradient of this loss is as finite as before.
+        rig.chunks[-1].register_forward_hook(
+            lambda module, inputs, output: (output[0] + math.inf, output[1])
+        )
     with pytest.raises(NonFiniteError) as caught:
         rig.step([rows([document]) for document in made], number=17)
     after = rig.weights()
@@ -151,6 +156,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(folder, layout):
     for message, unchanged in run_ranks(layout, poisoned_step, folder, "weight"):
         assert "step 17: the loss is not finite" in message
         assert message.endswith("0, 1, 2, 3, 4, 5, 6, 7")
+        assert unchanged
+
+
+def test_an_infinite_loss_with_finite_gradients_stops_too(folder):
+    """T33: only the samples of the rank with the loss are named."""
+    for message, unchanged in run_ranks(TWO, poisoned_step, folder, "loss"):
+        assert "step 17: the loss is not finite" in message
+        assert message.endswith("0, 2, 4, 6")
         assert unchanged
 
 
