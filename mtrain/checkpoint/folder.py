@@ -23,6 +23,7 @@ from mtrain.parallel import ParallelState
 
 __all__ = [
     "LATEST_FILE",
+    "Retention",
     "SaveError",
     "create_run_folder",
     "latest_checkpoint",

@@ -24,7 +24,7 @@ from mtrain.training.flops import ModelShape, training_flops
 if TYPE_CHECKING:
     from mtrain.training.step import StepResult
 
-__all__ = ["LogRecord", "Meter"]
+__all__ = ["LogRecord", "Meter", "RunSize"]
 
 _GIB = 2**30
 

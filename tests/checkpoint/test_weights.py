@@ -1,4 +1,5 @@
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from mtrain.checkpoint.folder import SaveError
 from mtrain.checkpoint.weights import WeightsFormat, save_checkpoint
 from mtrain.parallel import ParallelLayout, ParallelState
 from tests.megatron import load_model, read_config
@@ -85,3 +87,23 @@ def test_the_config_tells_the_dtype_of_the_saved_weights(source, tmp_path):
     assert after["dtype"] == "bfloat16"
     for path in folder.glob("*.safetensors"):
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}
+
+
+def save_to_full_disk(state: ParallelState, source: Path, run: Path) -> str:
+    if state.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(SaveError) as caught:
+            save(state, source, run, torch.float32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("layout", [{"tp_size": 2}, {"pp_size": 2}, {}], ids=["tp2", "pp2", "dp2"])
+def test_a_full_disk_on_one_rank_stops_all_with_the_reason(source, tmp_path, layout):
+    """T03: nobody waits for the rank that failed, and nothing half-written stays."""
+    layout = ParallelLayout(world_size=2, **layout)
+    for message in run_ranks(layout, save_to_full_disk, source, tmp_path):
+        assert message.startswith(f"cannot save {tmp_path}/checkpoint-5: rank 1: [Errno 27]")
+    assert list(tmp_path.iterdir()) == []
