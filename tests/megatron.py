@@ -28,8 +28,9 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     training: TrainingConfig | None = None,
     moe: MoEConfig | None = None,
+    backend: str = "torch",
 ) -> list[LanguageModel]:
-    """The chunks of this rank with the weights of a checkpoint, on the `torch` backend."""
+    """The chunks of this rank with the weights of a checkpoint."""
     hf_config = read_config(folder)
     described = find_family(hf_config).megatron_config(hf_config)
     layout = state.layout
@@ -41,16 +42,16 @@ def load_model(
         training=training or TrainingConfig(),
         moe=moe or MoEConfig(),
         dtype=dtype,
-        backend="torch",
+        backend=backend,
     )
-    chunks = build_model(described, config, state, backend="torch")
+    chunks = build_model(described, config, state, backend=backend)
     load_weights(
         chunks,
         open_checkpoint(folder),
         table=weight_table(hf_config),
         layout=layout,
         rank=state.rank,
-        backend="torch",
+        backend=backend,
     )
     return chunks
 

@@ -84,9 +84,7 @@ def _precision(dtype: torch.dtype) -> dict[str, Any]:
 def _parallelism(layout: ParallelLayout, parallel: ParallelConfig) -> dict[str, Any]:
     # Two stages with virtual ones send to each other both ways at once; batched, Megatron-Core
     # would mix the two messages up.
-    overlap_p2p = layout.vpp_size is not None and (
-        parallel.overlap_p2p_comm or layout.pp_size == 2
-    )
+    overlap_p2p = layout.vpp_size is not None and (parallel.overlap_p2p_comm or layout.pp_size == 2)
     return {
         "tensor_model_parallel_size": layout.tp_size,
         "pipeline_model_parallel_size": layout.pp_size,

@@ -59,12 +59,13 @@ class LanguageModel(GPTModel):
         """
         packed = None
         if cu_seqlens is not None:
+            longest = _power_of_two_above(max_seqlen)
             packed = PackedSeqParams(
                 qkv_format=self.packed_format,
                 cu_seqlens_q=cu_seqlens,
                 cu_seqlens_kv=cu_seqlens,
-                max_seqlen_q=max_seqlen,
-                max_seqlen_kv=max_seqlen,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
             )
         return super().forward(
             input_ids,
@@ -122,3 +123,8 @@ class LanguageModel(GPTModel):
         return vocab_parallel_loss(
             logits, labels, vocab_size=self.num_words, tp_group=self.pg_collection.tp
         )
+
+
+def _power_of_two_above(length: int) -> int:
+    """A bound that few packs differ in: attention kernels are planned anew for every other one."""
+    return 1 << max(0, length - 1).bit_length()
