@@ -1,9 +1,11 @@
-"""What a user sees when something fails: one line for mistakes, a traceback for everything else.
+"""What a user sees when something fails: one line for what we foresaw, a traceback otherwise.
 
-The one thing to know: a mistake of the user is a ValueError raised by mtrain's own code. A
-ValueError out of a library is a fault that needs its traceback.
+The one thing to know: a ValueError (a mistake of the user) or RuntimeError (the environment cannot)
+that a `raise` of mtrain's own raised says all there is to say. One out of a library is a fault that
+needs its traceback.
 """
 
+import dis
 import os
 import sys
 import traceback
@@ -13,27 +15,44 @@ from typing import NoReturn
 
 import mtrain
 
-__all__ = ["EXIT_FAILURE", "EXIT_USER_ERROR", "end_failed_rank", "error_line", "is_user_error"]
+__all__ = [
+    "EXIT_FAILURE",
+    "EXIT_USER_ERROR",
+    "end_failed_rank",
+    "error_line",
+    "exit_code",
+    "is_foreseen",
+]
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 _PACKAGE = Path(mtrain.__file__).parent
+_RAISE = dis.opmap["RAISE_VARARGS"]
 
 
-def is_user_error(error: BaseException) -> bool:
-    """Whether the error is a ValueError that mtrain raised itself."""
+def is_foreseen(error: BaseException) -> bool:
+    """Whether the error is a ValueError or RuntimeError that mtrain raised itself."""
     trace = error.__traceback__
-    if not isinstance(error, ValueError) or trace is None:
+    if not isinstance(error, ValueError | RuntimeError) or trace is None:
         return False
     while trace.tb_next is not None:
         trace = trace.tb_next
-    return Path(trace.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE)
+    code = trace.tb_frame.f_code
+    # Functions written in C (most of torch) leave no frame: what they raise seems to come from the
+    # line of ours that calls them, but that line runs a call and not a raise.
+    is_raised_here = code.co_code[trace.tb_lasti] == _RAISE
+    return is_raised_here and Path(code.co_filename).is_relative_to(_PACKAGE)
+
+
+def exit_code(error: BaseException) -> int:
+    """2 for a mistake of the user, 1 for everything else."""
+    return EXIT_USER_ERROR if isinstance(error, ValueError) else EXIT_FAILURE
 
 
 def error_line(command: str, error: BaseException) -> str:
-    """The one line that is printed for a mistake of the user."""
+    """The one line that is printed for a foreseen error."""
     return f"megatron {command}: error: {' '.join(str(error).split())}"
 
 
@@ -64,8 +83,8 @@ def end_failed_rank(
     is_first = _claim_first_failure(failure_folder)
     if isinstance(error, KeyboardInterrupt):
         code, text = EXIT_INTERRUPTED, ""
-    elif is_user_error(error):
-        code, text = EXIT_USER_ERROR, f"{error_line(command, error)}\n" if is_first else ""
+    elif is_foreseen(error):
+        code, text = exit_code(error), f"{error_line(command, error)}\n" if is_first else ""
     elif is_first:
         lines = traceback.format_exception(kind, error, trace)
         text = f"megatron {command}: rank {rank} failed:\n{''.join(lines)}"

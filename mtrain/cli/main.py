@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from mtrain import __version__
-from mtrain.cli.errors import EXIT_USER_ERROR, end_failed_rank, error_line, is_user_error
+from mtrain.cli.errors import end_failed_rank, error_line, exit_code, is_foreseen
 from mtrain.cli.launch import Launch, Placement, join_ranks, launch_ranks, read_environment
 from mtrain.cli.parser import format_help, parse_config
 from mtrain.config.checks import check_export, check_sft
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Words after `megatron`; default: those of this process.
 
     Returns:
-        Exit code: 0, or 2 for a mistake in the command line, files or environment.
+        Exit code: 0, 2 for a mistake in the command line or files, or 1 for what failed later.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in _HELP_WORDS:
@@ -48,11 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = words[0]
     try:
         return _find_command(command)(words[1:])
-    except ValueError as error:
-        if not is_user_error(error):
+    except (ValueError, RuntimeError) as error:
+        if not is_foreseen(error):
             raise
         print(error_line(command, error), file=sys.stderr)
-        return EXIT_USER_ERROR
+        return exit_code(error)
 
 
 def _find_command(name: str) -> Callable[[list[str]], int]:
@@ -70,7 +70,7 @@ def _sft(words: list[str]) -> int:
     if isinstance(here, Placement) and here.world_size > 1:
         return _sft_rank(words, here)
     config = _read_sft_config(words, here)
-    check_output_dir(config.checkpoint)
+    check_output_dir(config.checkpoint, source=config.model.model)
     from mtrain.cli.preparation import prepare
 
     prepare(config, world_size=here.world_size, show_progress=True)
@@ -90,7 +90,7 @@ def _sft_rank(words: list[str], here: Placement) -> int:
     try:
         config = _read_sft_config(words, here)
         if here.rank == 0 and not here.is_prepared:
-            check_output_dir(config.checkpoint)
+            check_output_dir(config.checkpoint, source=config.model.model)
         from mtrain.cli.preparation import prepare
         from mtrain.cli.sft import run
 
@@ -98,7 +98,7 @@ def _sft_rank(words: list[str], here: Placement) -> int:
         if not here.is_prepared:
             prepare(config, world_size=here.world_size, show_progress=here.local_rank == 0)
         return run(config, here)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         # Not for `main`: a rank that failed must not wait for the others when it ends.
         report(type(error), error, error.__traceback__)
 

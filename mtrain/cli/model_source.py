@@ -11,6 +11,7 @@ from typing import Any
 
 from mtrain.bridge.families import find_family
 from mtrain.bridge.family import Family
+from mtrain.bridge.hf_config import rotary_base
 from mtrain.bridge.ledger import check_checkpoint
 from mtrain.bridge.plan import Backend, plan_rank
 from mtrain.bridge.rules import WeightTable
@@ -107,16 +108,21 @@ def hf_names(table: WeightTable, *, backend: Backend) -> dict[str, tuple[str, ..
 
 
 def _overridden(hf_config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
-    """config.json with `--model_type` and `--rope_scaling` applied."""
+    """config.json with `--model_type` and `--rope_scaling` applied; it is also what is saved."""
     result = dict(hf_config)
-    if model.model_type is not None:
+    if model.model_type is not None and model.model_type != hf_config.get("model_type"):
         result["model_type"] = model.model_type
+        # They name classes of the other type.
+        result.pop("architectures", None)
     if model.rope_scaling is not None:
-        # transformers 5 keeps the base of the rotary embedding among these parameters.
-        key = "rope_parameters" if "rope_parameters" in result else "rope_scaling"
-        theta = {"rope_theta": (result.get(key) or {}).get("rope_theta")}
-        kept = {name: value for name, value in theta.items() if value is not None}
-        result[key] = {**kept, **model.rope_scaling}
+        theta = rotary_base(hf_config)
+        # One spelling only, so that nobody reads the old values under the other one.
+        old = result.pop("rope_scaling", None), result.pop("rope_parameters", None)
+        if old[1]:
+            # transformers 5 keeps the base of the rotary embedding among these parameters.
+            result["rope_parameters"] = {"rope_theta": theta, **model.rope_scaling}
+        else:
+            result |= {"rope_theta": theta, "rope_scaling": dict(model.rope_scaling)}
     return result
 
 

@@ -1,18 +1,21 @@
 """What happens before the ranks exist: the model is found and checked, the data prepared.
 
-Nothing here needs torch or Megatron-Core, so the process that starts the ranks stays light. The
-ranks call `open_inputs` again and find everything in place.
+The one thing to know: the model is looked at first, with nothing heavier than JSON, so one that
+cannot be trained is refused at once. The data needs a tokenizer, hence transformers and torch, but
+neither Megatron-Core nor a GPU. The ranks call `open_inputs` and find everything in place.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mtrain.cli.model_source import ModelSource, open_source
 from mtrain.config import SftConfig
-from mtrain.data.tokenize import PreparedData, prepare_datasets
 
-_CACHE_DIR = Path.home() / ".cache" / "mtrain"
+if TYPE_CHECKING:
+    from mtrain.data.tokenize import PreparedData
 
 
 def prepare(config: SftConfig, *, world_size: int, show_progress: bool) -> None:
@@ -50,11 +53,15 @@ def open_inputs(config: SftConfig, *, world_size: int) -> tuple[ModelSource, Pre
 
 
 def _prepare_data(config: SftConfig, source: ModelSource, *, show_progress: bool) -> PreparedData:
+    # Here, not above: they import torch.
+    from mtrain.data.cache import default_cache_dir
+    from mtrain.data.tokenize import prepare_datasets
+
     data = prepare_datasets(
         config.data,
         config.template,
         model_dir=source.folder,
-        cache_dir=_CACHE_DIR,
+        cache_dir=default_cache_dir(),
         show_progress=show_progress,
         use_hf=config.model.use_hf,
         hub_token=config.model.hub_token,

@@ -59,8 +59,12 @@ def _check_dataset(flag: str, source: str) -> None:
     raise ValueError(f"--{flag} {source}: no such file or folder, and not an id such as owner/name")
 
 
-def check_output_dir(checkpoint: CheckpointConfig) -> None:
+def check_output_dir(checkpoint: CheckpointConfig, *, source: str | None = None) -> None:
     """Checks that the output folder can be made and written, and does not hold another run.
+
+    Args:
+        checkpoint: Resolved checkpoint section.
+        source: `--model`; its files must stay as they are.
 
     Raises:
         ValueError: Naming the folder that is in the way.
@@ -72,6 +76,8 @@ def check_output_dir(checkpoint: CheckpointConfig) -> None:
         raise ValueError(f"--output_dir {output_dir}: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"--output_dir {output_dir}: {nearest} cannot be written to")
+    if source is not None and output_dir.resolve() == Path(source).expanduser().resolve():
+        raise ValueError(f"--output_dir {output_dir} is the folder of --model; give another folder")
     if not checkpoint.add_version and any(output_dir.glob("checkpoint-*")):
         raise ValueError(
             f"--output_dir {output_dir} holds checkpoints of another run: "

@@ -52,10 +52,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
     """Replaces training and launching; lists what was called."""
     calls: list[tuple[str, object]] = []
 
-    def prepare(config: SftConfig, *, local_rank_zero: bool) -> None:
-        calls.append(("prepare", local_rank_zero))
+    def prepare(config: SftConfig, *, world_size: int, show_progress: bool) -> None:
+        calls.append(("prepare", (world_size, show_progress)))
 
-    def run(config: SftConfig) -> int:
+    def run(config: SftConfig, here: Placement) -> int:
         calls.append(("run", config))
         return 0
 
@@ -63,9 +63,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
         calls.append(("launch", (launch, words)))
         return 7
 
-    sft = SimpleNamespace(prepare=prepare, run=run)
-    monkeypatch.setitem(sys.modules, "mtrain.cli.sft", sft)
-    monkeypatch.setattr(mtrain.cli, "sft", sft, raising=False)
+    for name, module in (
+        ("preparation", SimpleNamespace(prepare=prepare)),
+        ("sft", SimpleNamespace(run=run)),
+    ):
+        monkeypatch.setitem(sys.modules, f"mtrain.cli.{name}", module)
+        monkeypatch.setattr(mtrain.cli, name, module, raising=False)
     monkeypatch.setattr(main_module, "launch_ranks", launch_ranks)
     return calls
 
@@ -116,7 +119,7 @@ def test_nproc_per_node_starts_ranks_after_preparing(run_words, started, monkeyp
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     assert main([*run_words, "--pipeline_model_parallel_size", "2"]) == 7
     name, (launch, words) = started[-1]
-    assert started[0] == ("prepare", True)
+    assert started[0] == ("prepare", (2, True))
     assert (name, launch) == ("launch", Launch(nproc_per_node=2))
     assert words[:3] == ["-m", "mtrain.cli.main", "sft"]
     assert words[3:-2] == run_words[1:]
@@ -125,8 +128,8 @@ def test_nproc_per_node_starts_ranks_after_preparing(run_words, started, monkeyp
 @pytest.mark.parametrize(
     ("placement", "expected"),
     [
-        (Placement(rank=1, local_rank=1, world_size=2), [("prepare", False), "run"]),
-        (Placement(rank=2, local_rank=0, world_size=4), [("prepare", True), "run"]),
+        (Placement(rank=1, local_rank=1, world_size=2), [("prepare", (2, False)), "run"]),
+        (Placement(rank=2, local_rank=0, world_size=4), [("prepare", (4, True)), "run"]),
         (Placement(rank=0, local_rank=0, world_size=2, is_prepared=True), ["run"]),
     ],
 )
@@ -182,7 +185,7 @@ def test_output_below_a_file_is_refused_and_nothing_is_created(
 
 
 def test_a_fault_of_a_library_keeps_its_traceback(run_words, started, monkeypatch) -> None:
-    monkeypatch.setattr(mtrain.cli.sft, "run", lambda config: json.loads("{"))
+    monkeypatch.setattr(mtrain.cli.sft, "run", lambda config, here: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):
         main(run_words)
 

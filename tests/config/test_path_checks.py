@@ -97,3 +97,16 @@ def test_checkpoints_of_another_run_are_not_mixed_with_new_ones(tmp_path: Path) 
     check_output_dir(output(tmp_path))
     with pytest.raises(ValueError, match="holds checkpoints of another run"):
         check_output_dir(output(tmp_path, add_version=False))
+
+
+@pytest.mark.parametrize("add_version", [True, False])
+def test_the_folder_of_the_model_is_not_written_to(tmp_path: Path, add_version: bool) -> None:
+    """T05."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (tmp_path / "link").symlink_to(model)
+    with pytest.raises(ValueError, match="is the folder of --model; give another folder"):
+        check_output_dir(
+            output(tmp_path / "link", add_version=add_version), source=f"{model}/../model/"
+        )
+    check_output_dir(output(model / "runs", add_version=add_version), source=str(model))
