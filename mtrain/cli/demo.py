@@ -1,13 +1,13 @@
 """`megatron demo`: a tiny Qwen3 checkpoint with a tokenizer, to try mtrain without any download.
 
 Its weights are random. It is made for the embedded `swift/self-cognition` questions and learns
-them in a minute on two CPU cores; `examples/shell/quickstart.sh` does that.
+them within a minute on two CPU cores; `examples/shell/quickstart.sh` does that.
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mtrain.data.self_cognition import self_cognition_rows
 
@@ -17,44 +17,61 @@ CHAT_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
+# The last words of the tokenizer: padding, and the ends of a message.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VOCAB_SIZE = 1200
+HEAD_DIM = 32
 
 
-def run(argv: list[str]) -> int:
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Mistakes are one line, as in the other commands."""
+        raise ValueError(message)
+
+
+def run(words: list[str]) -> int:
     """Writes the checkpoint and says where.
 
     Args:
-        argv: Arguments after `megatron demo`.
+        words: Words after `megatron demo`.
+
+    Returns:
+        Exit code.
 
     Raises:
-        ValueError: The output folder exists and is not empty.
+        ValueError: A flag is wrong, or the output folder is not empty.
     """
-    parser = argparse.ArgumentParser(
-        prog="megatron demo", description="Write a tiny random Qwen3 checkpoint with a tokenizer."
+    parser = _Parser(
+        prog="megatron demo",
+        description="Write a tiny random Qwen3 checkpoint with a tokenizer.",
+        allow_abbrev=False,
     )
     parser.add_argument("--output_dir", required=True, type=Path, help="Folder to write.")
-    parser.add_argument("--hidden_size", type=int, default=128, help="Multiple of 32.")
+    parser.add_argument("--hidden_size", type=int, default=128, help="A multiple of 64.")
     parser.add_argument("--num_layers", type=int, default=4)
-    parser.add_argument("--vocab_size", type=int, default=1200, help="Words of the tokenizer.")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     folder: Path = arguments.output_dir
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--output_dir {folder}: the folder is not empty; choose another one")
+    config = demo_config(hidden_size=arguments.hidden_size, num_layers=arguments.num_layers)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--output_dir {folder}: not an empty folder; choose another one")
     folder.mkdir(parents=True, exist_ok=True)
-    vocab_size = write_tokenizer(folder, vocab_size=arguments.vocab_size)
-    config = demo_config(
-        hidden_size=arguments.hidden_size,
-        num_layers=arguments.num_layers,
-        vocab_size=vocab_size,
-    )
-    write_model(folder, config, seed=arguments.seed)
+    write_tokenizer(folder)
+    write_model(folder, config)
     print(f"A random Qwen3 with {arguments.num_layers} layers is in {folder}")
     return 0
 
 
-def demo_config(*, hidden_size: int, num_layers: int, vocab_size: int) -> dict[str, Any]:
-    """config.json of a small Qwen3 with tied embeddings."""
+def demo_config(*, hidden_size: int, num_layers: int) -> dict[str, Any]:
+    """config.json of a small Qwen3 with tied embeddings and two heads to a query group.
+
+    Raises:
+        ValueError: The sizes make no model.
+    """
+    if hidden_size < 1 or hidden_size % (2 * HEAD_DIM):
+        raise ValueError(f"--hidden_size {hidden_size}: must be a multiple of {2 * HEAD_DIM}")
+    if num_layers < 1:
+        raise ValueError(f"--num_layers {num_layers}: must be at least 1")
+    num_heads = hidden_size // HEAD_DIM
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -62,36 +79,32 @@ def demo_config(*, hidden_size: int, num_layers: int, vocab_size: int) -> dict[s
         "attention_dropout": 0.0,
         "bos_token_id": None,
         "dtype": "float32",
-        "eos_token_id": vocab_size - 1,
-        "head_dim": 32,
+        "eos_token_id": VOCAB_SIZE - 1,
+        "head_dim": HEAD_DIM,
         "hidden_act": "silu",
         "hidden_size": hidden_size,
         "initializer_range": 0.02,
         "intermediate_size": 3 * hidden_size,
         "max_position_embeddings": 2048,
-        "num_attention_heads": hidden_size // 32,
+        "num_attention_heads": num_heads,
         "num_hidden_layers": num_layers,
-        "num_key_value_heads": max(1, hidden_size // 64),
+        "num_key_value_heads": num_heads // 2,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,
-        "vocab_size": vocab_size,
+        "vocab_size": VOCAB_SIZE,
     }
 
 
-def write_tokenizer(folder: Path, *, vocab_size: int) -> int:
-    """Trains a byte-level tokenizer on the embedded questions and writes its files.
-
-    Returns:
-        Its number of words, special tokens included; they come last, `<|im_end|>` the very last.
-    """
+def write_tokenizer(folder: Path) -> None:
+    """Trains a byte-level tokenizer on the embedded questions and writes its files."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -99,6 +112,7 @@ def write_tokenizer(folder: Path, *, vocab_size: int) -> int:
     texts = [text for row in rows for text in row.values()]
     tokenizer.train_from_iterator([*texts, "user\nassistant\nsystem\n"], trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE, "the texts are too few for so many words"
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -108,18 +122,17 @@ def write_tokenizer(folder: Path, *, vocab_size: int) -> int:
         "clean_up_tokenization_spaces": False,
     }
     _write_json(folder / "tokenizer_config.json", settings)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    return tokenizer.get_vocab_size()
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
 
 
-def write_model(folder: Path, config: dict[str, Any], *, seed: int) -> None:
-    """Writes config.json, generation_config.json and random float32 weights."""
+def write_model(folder: Path, config: dict[str, Any]) -> None:
+    """Writes config.json, generation_config.json and random float32 weights, always the same."""
     import torch
     from safetensors.torch import save_file
 
     from mtrain.bridge.plan import hf_tensors, weight_table
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.ones(shape)
         if len(shape) == 1
@@ -128,9 +141,9 @@ def write_model(folder: Path, config: dict[str, Any], *, seed: int) -> None:
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", config)
-    eos = config["eos_token_id"]
-    _write_json(folder / "generation_config.json", {"eos_token_id": eos, "pad_token_id": eos - 2})
+    generation = {"eos_token_id": VOCAB_SIZE - 1, "pad_token_id": VOCAB_SIZE - 3}
+    _write_json(folder / "generation_config.json", generation)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

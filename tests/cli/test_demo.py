@@ -2,6 +2,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtrain.cli import demo
+from mtrain.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,36 @@ def test_the_chat_template_ends_every_message(folder):
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_folder_with_files_is_left_alone(folder):
-    with pytest.raises(ValueError, match="not empty"):
-        demo.run(["--output_dir", str(folder)])
+def test_writing_it_again_gives_the_same_files(folder, tmp_path):
+    demo.run(["--output_dir", str(tmp_path), "--hidden_size", "64", "--num_layers", "2"])
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted(path.name for path in tmp_path.iterdir())
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--output_dir"),
+        (["--output_dir", "{new}", "--hidden_size", "96"], "--hidden_size 96: must be a multiple"),
+        (["--output_dir", "{new}", "--hidden_size", "x"], "--hidden_size"),
+        (["--output_dir", "{new}", "--num_layers", "0"], "--num_layers 0: must be at least 1"),
+        (["--output_dir", "{full}"], "not an empty folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(words, message, tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").write_text("mine")
+    places = {"new": tmp_path / "new", "full": full}
+    with pytest.raises(ValueError, match=message) as caught:
+        demo.run([word.format(**places) for word in words])
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert [path.name for path in full.iterdir()] == ["file"]
+
+
+def test_a_mistake_ends_the_command_with_exit_code_2(capsys):
+    assert main(["demo", "--output_dirs", "x"]) == 2
+    assert capsys.readouterr().err.startswith("megatron demo: error: ")
