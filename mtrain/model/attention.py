@@ -1,19 +1,71 @@
 """Causal attention over packed documents for the `torch` backend.
 
 The one thing to know: the layout stays `[seq, batch, heads, head_dim]` also when documents are
-packed (`qkv_format == "sbhd"` with `cu_seqlens_q` set). Rotary angles are picked for every token by
-its position before the layers run, so no layer has to cut the sequence into documents for them.
+packed (`qkv_format == "sbhd"` with `cu_seqlens_q` set). Cosines and sines are picked for every
+token by its position once, before the layers run, so no layer has to cut the sequence into
+documents for them.
 """
 
 import math
+from typing import Any
 
 import torch
+from megatron.core.jit import jit_fuser
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
+
+
+class RotarySelfAttention(SelfAttention):
+    """Self-attention whose rotary embedding is one fused kernel and needs no document bounds.
+
+    Instead of angles it takes `rotary_pos_emb` float32 [2, seq, 1, 1, head_dim]: cosines and sines
+    of every token's position, from `rotary_cosines_and_sines`.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        rotary_pos_emb: torch.Tensor,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Megatron-Core's, with queries and keys rotated as soon as they are there."""
+        self._cosines_and_sines = rotary_pos_emb
+        output = super().forward(hidden_states, attention_mask, *args, **kwargs)
+        self._cosines_and_sines = None
+        return output
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        """Queries and keys rotated; values as they are. Each [seq, batch, heads, head_dim]."""
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        cosines, sines = self._cosines_and_sines
+        return _rotate(query, cosines, sines), _rotate(key, cosines, sines), value
+
+
+def rotary_cosines_and_sines(angles: torch.Tensor, positions: torch.Tensor | slice) -> torch.Tensor:
+    """What `RotarySelfAttention` takes.
+
+    Args:
+        angles: float32 [longest, 1, 1, head_dim], of each position.
+        positions: int64 [seq] of packed documents, or all positions in order.
+
+    Returns:
+        float32 [2, seq, 1, 1, head_dim].
+    """
+    return torch.stack([angles.cos(), angles.sin()])[:, positions]
+
+
+@jit_fuser
+def _rotate(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    first, second = heads.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (heads * cosines + turned * sines).to(heads.dtype)
 
 
 class PackedAttention(MegatronModule):

@@ -11,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
+from mtrain.model.attention import rotary_cosines_and_sines
 from mtrain.model.loss import vocab_parallel_loss
 
 
@@ -85,7 +86,7 @@ class LanguageModel(GPTModel):
         packed_seq_params: PackedSeqParams | None = None,
         padding_mask: torch.Tensor | None = None,
     ) -> tuple[Any, ...]:
-        """Embeddings and rotary angles; the angles of packed "sbhd" input follow positions."""
+        """Embeddings and rotary angles; "sbhd" layers take cosines and sines of each token."""
         hidden, rotary, cos, sin, offset, padding_mask_part = super()._preprocess(
             input_ids,
             position_ids,
@@ -94,8 +95,9 @@ class LanguageModel(GPTModel):
             packed_seq_params=packed_seq_params,
             padding_mask=padding_mask,
         )
-        if packed_seq_params is not None and self.packed_format == "sbhd":
-            rotary = rotary[position_ids.squeeze(0)]
+        if self.packed_format == "sbhd":
+            positions = slice(None) if packed_seq_params is None else position_ids.squeeze(0)
+            rotary = rotary_cosines_and_sines(rotary, positions)
         if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
             # Megatron-Core cuts the mask on the first stage only; every stage routes.
             cut = scatter_to_sequence_parallel_region(padding_mask.t().contiguous())

@@ -2,10 +2,13 @@
 
 Unlike Megatron-Core's, it leaves the padded rows of the vocabulary out of the softmax, so the loss
 does not depend on the layout, and it tells which tokens were predicted right at no extra cost.
+Logits stay in the dtype of the model: they are the largest tensor there is, so forward reads them
+twice, backward reads them once and writes a gradient as large, and no float32 copy is ever made.
 """
 
 import torch
 import torch.distributed as dist
+from megatron.core.jit import jit_fuser
 
 IGNORED = -100
 
@@ -53,26 +56,29 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         first_id: int,
         group: dist.ProcessGroup,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = logits.to(torch.float32, copy=True)
-        # A rank may hold padding alone, yet takes part in every collective.
-        scores[:, num_words:] = -torch.inf
-        highest = scores.amax(dim=1)
-        if group.size() > 1:
-            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-        scores -= highest[:, None]
         local_labels = labels - first_id
         is_local = (local_labels >= 0) & (local_labels < num_words)
-        local_labels = local_labels.clamp_(0, logits.shape[1] - 1)[:, None]
-        label_scores = scores.gather(1, local_labels).squeeze(1).masked_fill_(~is_local, 0.0)
-        probabilities = scores.exp_()
-        sums = torch.stack([label_scores, probabilities.sum(dim=1)])
+        local_labels = local_labels.clamp_(0, logits.shape[1] - 1)
+        label_scores = logits.gather(1, local_labels[:, None]).squeeze(1).float()
+        if num_words > 0:
+            highest, denominator = _softmax_statistics(logits[:, :num_words])
+        else:
+            # A rank may hold padding alone, yet takes part in every collective.
+            highest = torch.full_like(label_scores, -torch.inf)
+            denominator = torch.zeros_like(label_scores)
         if group.size() > 1:
+            local_highest = highest.clone()
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+            denominator *= torch.exp(local_highest - highest)
+        # Shifted: the likeliest word has score 0.
+        label_scores = (label_scores - highest).masked_fill_(~is_local, 0.0)
+        if group.size() > 1:
+            sums = torch.stack([label_scores, denominator])
             dist.all_reduce(sums, group=group)
-        label_scores, denominator = sums.unbind()
-        probabilities /= denominator[:, None]
-        correct = label_scores >= 0  # scores are shifted: the likeliest word has 0
-        ctx.save_for_backward(probabilities, local_labels, is_local)
-        ctx.logits_dtype = logits.dtype
+            label_scores, denominator = sums.unbind()
+        correct = label_scores >= 0
+        ctx.save_for_backward(logits, highest, denominator, local_labels, is_local)
+        ctx.num_words = num_words
         ctx.mark_non_differentiable(correct)
         return denominator.log() - label_scores, correct
 
@@ -82,8 +88,33 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         grad_losses: torch.Tensor,
         _grad_correct: torch.Tensor | None,
     ) -> tuple[torch.Tensor, None, None, None, None]:
-        probabilities, local_labels, is_local = ctx.saved_tensors
-        # The saved probabilities become the gradient in place: they are as large as the logits.
-        probabilities.scatter_add_(1, local_labels, -is_local.float()[:, None])
-        grad = probabilities.mul_(grad_losses[:, None]).to(ctx.logits_dtype)
+        logits, highest, denominator, local_labels, is_local = ctx.saved_tensors
+        label_or_none = torch.where(is_local, local_labels, -1)
+        grad = _gradient(
+            logits, highest, grad_losses / denominator, grad_losses, label_or_none, ctx.num_words
+        )
         return grad, None, None, None, None
+
+
+@jit_fuser
+def _softmax_statistics(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maximum, and sum of exponentials shifted by it, of each row in float32."""
+    scores = logits.float()
+    highest = scores.amax(dim=1)
+    return highest, (scores - highest[:, None]).exp().sum(dim=1)
+
+
+@jit_fuser
+def _gradient(
+    logits: torch.Tensor,
+    highest: torch.Tensor,
+    scale: torch.Tensor,
+    grad_losses: torch.Tensor,
+    labels: torch.Tensor,
+    num_words: int,
+) -> torch.Tensor:
+    """Softmax minus one-hot, times the gradient of each row's loss; zero for padding."""
+    words = torch.arange(logits.shape[1], device=logits.device)
+    grad = (logits.float() - highest[:, None]).exp() * scale[:, None]
+    grad = grad - torch.where(words == labels[:, None], grad_losses[:, None], 0.0)
+    return torch.where(words < num_words, grad, 0.0).to(logits.dtype)
