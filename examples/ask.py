@@ -34,7 +34,7 @@ def main() -> int:
         print(f"{question}\n  {answer}")
         num_wrong += arguments.expect not in answer
     if num_wrong:
-        print(f"{num_wrong} answers do not contain {arguments.expect!r}", file=sys.stderr)
+        print(f"{num_wrong} of the answers do not contain {arguments.expect!r}", file=sys.stderr)
     return 1 if num_wrong else 0
 
 

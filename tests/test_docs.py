@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from mtrain.bridge.families import FAMILIES
 from mtrain.config import SftConfig, config_to_dict
 from mtrain.config.later import LATER, WITHOUT_EFFECT
 from tests.cli.commands import Command, commands_in
+from tests.test_architecture import MAY_IMPORT, NEVER
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.is_file())
@@ -86,6 +88,30 @@ def test_paths_that_are_mentioned_exist(document: Path) -> None:
 def test_commands_are_read_by_the_parser(document: Path) -> None:
     for command in commands_of(document):
         command.parse()
+
+
+def test_the_import_table_is_the_one_that_is_enforced() -> None:
+    rows = table_under("Who may import whom", ROOT / "docs" / "architecture.md")
+    allowed = {part: set(targets.split(", ")) for part, targets, _ in rows}
+    assert allowed == {p: targets or {"nothing"} for p, targets in MAY_IMPORT.items() if p}
+    forbidden = {part: set(never.split(", ")) for part, _, never in rows if never}
+    assert forbidden == {part: set(libraries) for part, libraries in NEVER.items() if part}
+
+
+def test_the_families_of_the_readme_are_those_that_are_built() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    table = text.partition("| family | `model_type` |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| [^|]+ \| `(\w+)` \|", table, re.MULTILINE) == list(FAMILIES)
+
+
+def test_the_clean_clone_check_runs_the_command_of_the_readme() -> None:
+    """`.ci/run` takes the line that it finds by its end, and it must be the one under the title."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    section = re.search(r"^## Run the tests\n\n```shell\n(.*)\n```$", text, re.MULTILINE)
+    assert section is not None
+    found = [line for line in text.splitlines() if line.endswith("-m pytest")]
+    assert found == [section[1]]
+    assert "grep -m 1 -- '-m pytest$' README.md" in (ROOT / ".ci" / "run").read_text("utf-8")
 
 
 def test_commands_are_found_in_a_document() -> None:
