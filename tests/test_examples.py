@@ -86,14 +86,14 @@ def test_the_quickstart_teaches_a_model_its_name(quickstart: tuple[Path, str]) -
     """The main job: from nothing to a Hugging Face folder that answers what it was taught."""
     folder, output = quickstart
     assert "I am Little Finch, a language model made by the mtrain authors." in output
-    names = {path.name for path in (folder / "output" / "checkpoint-200").iterdir()}
+    names = {path.name for path in (folder / "output" / "checkpoint-250").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "args.json"} <= names
 
 
 def test_a_wrong_answer_is_an_error(
     quickstart: tuple[Path, str], environment: dict[str, str]
 ) -> None:
-    checkpoint = quickstart[0] / "output" / "checkpoint-200"
+    checkpoint = quickstart[0] / "output" / "checkpoint-250"
     ask = [sys.executable, ROOT / "examples" / "ask.py", checkpoint]
     done = run([*ask, "Who are you?", "--expect", "Big Finch"], environment)
     assert done.returncode == 1
