@@ -3,7 +3,7 @@
 All checks here read headers and JSON only. Ranks repeat them, on files that are there by then.
 """
 
-import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,9 +143,9 @@ def _fetch(model: ModelConfig, *, patterns: list[str], download: bool) -> Path:
         )
     except (OSError, ValueError, RuntimeError) as error:
         hub = "Hugging Face" if use_hf else "ModelScope (--use_hf true for Hugging Face)"
-        reason = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+        reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
         raise ValueError(
             f"--model {model.model}: no such folder, and it could not be fetched from {hub}: "
-            f"{reason[:200]}"
+            f"{reason}"
         ) from error
     return Path(path)

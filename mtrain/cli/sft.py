@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
+import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from mtrain.bridge.load import load_weights
-from mtrain.checkpoint.folder import create_run_folder
+from mtrain.checkpoint.folder import create_run_folder, write_atomically
 from mtrain.checkpoint.weights import WeightsFormat, save_checkpoint
+from mtrain.cli.batches import Batches
 from mtrain.cli.launch import Placement
 from mtrain.cli.model_source import ModelSource, hf_names, parallel_layout
 from mtrain.cli.preparation import open_inputs
+from mtrain.cli.rank_checks import check_attention, check_collectives, check_same_inputs
 from mtrain.config import SftConfig, config_to_dict
-from mtrain.data.loader import BatchLayout, BatchPlan, PackedBatch, load_steps
-from mtrain.data.report import PreparationReport
+from mtrain.data.loader import BatchPlan
 from mtrain.data.storage import TokenizedDataset
 from mtrain.model.backends import choose_backend
 from mtrain.model.build import build_model, fuse_weight_gradients, transformer_config
@@ -40,10 +42,12 @@ from mtrain.training.loop import LoopPlan, epoch_ends, every, train
 from mtrain.training.metrics import Meter, RunSize
 from mtrain.training.optimizer import build_optimizer, build_scheduler
 from mtrain.training.wrap import wrap_chunks
-from mtrain.training.writers import open_run_log
+from mtrain.training.writers import RunLog, check_trackers, open_run_log
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
+
+    from mtrain.data.tokenize import PreparedData
 
 
 def run(config: SftConfig, here: Placement) -> int:
@@ -62,18 +66,16 @@ def run(config: SftConfig, here: Placement) -> int:
         SaveError: A checkpoint could not be written.
     """
     started = datetime.now()
+    check_trackers(config.logging.report_to)
+    check_collectives(config.parallel)
+    backend = choose_backend(config.model.transformer_impl)
+    check_attention(config.model, backend=backend)
     source, data = open_inputs(config, world_size=here.world_size)
-    state = initialize_parallel(
-        parallel_layout(config.parallel, world_size=here.world_size),
-        rank=here.rank,
-        local_rank=here.local_rank,
-        seed=config.training.seed,
-        timeout_seconds=config.parallel.ddp_timeout,
-    )
-    train_data = _Batches(config, TokenizedDataset(data.train), data.report, state)
+    state = _join(config, here)
+    check_same_inputs(config, source, data, state)
+    train_data = Batches(config, TokenizedDataset(data.train), data.report, state)
     total_steps = config.training.train_iters or train_data.plan.total_steps
 
-    backend = choose_backend(config.model.transformer_impl)
     bare = _load_model(config, source, state, backend=backend)
     num_trained = freeze_parameters(
         bare, tuner=config.tuner, state=state, hf_names=hf_names(source.table, backend=backend)
@@ -87,30 +89,14 @@ def run(config: SftConfig, here: Placement) -> int:
     scheduler = build_scheduler(optimizer, config.optimizer, total_steps=total_steps)
 
     folder = create_run_folder(
-        Path(config.checkpoint.output_dir),
+        Path(config.checkpoint.output_dir).expanduser(),
         add_version=config.checkpoint.add_version,
         started=started,
         state=state,
     )
-    save = functools.partial(_save, config, source, state, folder, backend, bare)
-    evaluation = None
-    if data.validation is not None and config.training.eval_iters != 0:
-        validation = _Batches(
-            config, TokenizedDataset(data.validation), data.report, state, is_training=False
-        )
-        evaluation = functools.partial(_evaluate, config, validation, chunks, state)
-    with contextlib.ExitStack() as stack:
-        log = None
-        if state.is_first_rank:
-            _announce(source, state, backend=backend, num_trained=num_trained, folder=folder)
-            log = stack.enter_context(
-                open_run_log(
-                    config.logging,
-                    folder=folder,
-                    total_steps=total_steps,
-                    arguments=config_to_dict(config),
-                )
-            )
+    if state.is_first_rank:
+        _announce(source, state, backend=backend, num_trained=num_trained, folder=folder)
+    with _open_log(config, folder, state, total_steps=total_steps) as log:
         train(
             chunks=chunks,
             optimizer=optimizer,
@@ -121,66 +107,22 @@ def run(config: SftConfig, here: Placement) -> int:
             state=state,
             meter=_meter(bare, source, train_data, state, total_steps=total_steps),
             log=log,
-            evaluate=evaluation,
-            save=save,
+            evaluate=_evaluation(config, data, chunks, state),
+            save=functools.partial(_save, config, source, state, folder, backend, bare),
         )
     destroy_parallel()
     return 0
 
 
-class _Batches:
-    """The batches of this data-parallel rank from one prepared dataset."""
-
-    def __init__(
-        self,
-        config: SftConfig,
-        dataset: TokenizedDataset,
-        report: PreparationReport,
-        state: ParallelState,
-        *,
-        is_training: bool = True,
-    ) -> None:
-        data, training = config.data, config.training
-        packing_length = data.packing_length or report.max_length if data.packing else None
-        self._dataset = dataset
-        self._data = data
-        self._state = state
-        self.plan = BatchPlan(
-            dataset.lengths,
-            micro_batch_size=training.micro_batch_size,
-            global_batch_size=training.global_batch_size,
-            num_epochs=training.num_train_epochs if is_training else 1,
-            shuffle=data.train_dataloader_shuffle and is_training,
-            seed=training.seed,
-            packing_length=packing_length,
-            packing_strategy=data.packing_strategy,
-        )
-        self._layout = BatchLayout(
-            micro_batch_size=training.micro_batch_size,
-            packing_length=packing_length,
-            padding_free=data.padding_free,
-            # Sequence parallelism cuts sequences into equal parts; kernels like multiples of 8.
-            pad_to_multiple=math.lcm(8, state.layout.tp_size),
-            pad_token_id=report.pad_token_id,
-        )
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of an epoch."""
-        return len(self._dataset)
-
-    def steps(self, num_steps: int) -> Iterator[list[PackedBatch]]:
-        """The micro-batches of each step."""
-        return load_steps(
-            self._dataset,
-            self.plan,
-            self._layout,
-            dp_rank=self._state.coordinates.dp_rank,
-            dp_size=self._state.layout.dp_size,
-            last_step=num_steps,
-            num_workers=self._data.dataloader_num_workers,
-            prefetch_factor=self._data.dataloader_prefetch_factor,
-        )
+def _join(config: SftConfig, here: Placement) -> ParallelState:
+    """Meets the other ranks."""
+    return initialize_parallel(
+        parallel_layout(config.parallel, world_size=here.world_size),
+        rank=here.rank,
+        local_rank=here.local_rank,
+        seed=config.training.seed,
+        timeout_seconds=config.parallel.ddp_timeout,
+    )
 
 
 def _load_model(
@@ -242,7 +184,7 @@ def _loop_plan(config: SftConfig, batches: BatchPlan, *, total_steps: int) -> Lo
 def _meter(
     chunks: Sequence[LanguageModel],
     source: ModelSource,
-    batches: _Batches,
+    batches: Batches,
     state: ParallelState,
     *,
     total_steps: int,
@@ -265,7 +207,7 @@ def _save(
     chunks: Sequence[LanguageModel],
     step: int,
 ) -> None:
-    save_checkpoint(
+    saved = save_checkpoint(
         folder,
         step,
         chunks,
@@ -280,18 +222,36 @@ def _save(
         state=state,
         save_total_limit=config.checkpoint.save_total_limit,
     )
+    if state.is_first_rank:
+        tqdm.write(f"saved {saved}", file=sys.stderr)
 
 
-def _evaluate(
+def _evaluation(
     config: SftConfig,
-    batches: _Batches,
+    data: PreparedData,
     chunks: Sequence[DistributedDataParallel],
     state: ParallelState,
-) -> EvaluationResult:
+) -> Callable[[], EvaluationResult] | None:
+    """What evaluates the model as it is; None where that was not asked for."""
+    if data.validation is None or config.training.eval_iters == 0:
+        return None
+    dataset = TokenizedDataset(data.validation)
+    batches = Batches(config, dataset, data.report, state, is_training=False)
     num_steps = batches.plan.total_steps
     if config.training.eval_iters > 0:
         num_steps = min(num_steps, config.training.eval_iters)
-    return evaluate(chunks, batches.steps(num_steps), state=state)
+    return lambda: evaluate(chunks, batches.steps(num_steps), state=state)
+
+
+def _open_log(
+    config: SftConfig, folder: Path, state: ParallelState, *, total_steps: int
+) -> contextlib.AbstractContextManager[RunLog | None]:
+    """The log of the run, and args.json beside it; None on all ranks but the first."""
+    if not state.is_first_rank:
+        return contextlib.nullcontext()
+    arguments = config_to_dict(config)
+    write_atomically(folder / "args.json", json.dumps(arguments, indent=2, ensure_ascii=False))
+    return open_run_log(config.logging, folder=folder, total_steps=total_steps, arguments=arguments)
 
 
 def _announce(

@@ -127,6 +127,7 @@ _LORA = "only matters with --tuner_type lora"
 
 # Accepted with any value, because there is nothing to decide.
 WITHOUT_EFFECT: dict[str, str] = {
+    "check_model": "the headers of all files are always checked, without asking a hub",
     "masked_softmax_fusion": "the kernels of the backend decide; the numbers are the same",
     "apply_rope_fusion": "the kernels of the backend decide; the numbers are the same",
     "gradient_accumulation_fusion": "the kernels of the backend decide; the numbers are the same",

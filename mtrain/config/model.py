@@ -26,7 +26,7 @@ class ModelConfig:
     model_revision: str | None = flag(None, "Branch, tag or commit of a model taken from a hub.")
     use_hf: bool = flag(False, "Take ids of models and datasets from Hugging Face, not ModelScope.")
     hub_token: str | None = flag(None, "Token for private models and datasets.")
-    check_model: bool = flag(True, "Let the hub client verify the files of a downloaded model.")
+    check_model: bool = flag(True, "Check the files of the model; they always are.")
     mcore_model: str | None = flag(None, "Start from a torch_dist checkpoint instead of --model.")
     task_type: str | None = flag(
         None,

@@ -106,7 +106,11 @@ def _check_tensor_parallel(
     text_config: Mapping[str, Any], parallel: ParallelConfig, *, has_experts: bool
 ) -> None:
     tp = parallel.tensor_model_parallel_size
-    names = ["num_attention_heads", "num_key_value_heads"]
+    names = ["num_attention_heads"]
+    num_groups = text_config.get("num_key_value_heads")
+    # More ranks than groups: several ranks hold parts of the same group.
+    if num_groups is None or tp % num_groups:
+        names.append("num_key_value_heads")
     if not has_experts or text_config.get("mlp_only_layers"):
         names.append("intermediate_size")
     for name in names:

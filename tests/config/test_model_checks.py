@@ -40,6 +40,7 @@ def sizes(*, tp=1, pp=1, vpp=None, ep=1, etp=1, first=None, last=None, sequence=
     ("hf_config", "parallel"),
     [
         (DENSE, sizes(tp=4, pp=4, vpp=2)),
+        (DENSE | {"num_key_value_heads": 2}, sizes(tp=4)),
         (DENSE, sizes(pp=3, first=2, last=2)),
         (DENSE, sizes(pp=2, first=3, last=5)),
         (DENSE, sizes(pp=2, first=6)),
@@ -57,7 +58,7 @@ def test_sizes_that_divide_pass(hf_config: dict, parallel: ParallelConfig) -> No
     ("hf_config", "parallel", "message"),
     [
         (DENSE, sizes(tp=3), "num_attention_heads 8 of the model cannot be divided by --tensor_mo"),
-        (DENSE, sizes(tp=8), "num_key_value_heads 4 of the model"),
+        (DENSE | {"num_key_value_heads": 3}, sizes(tp=8), "num_key_value_heads 3 of the model"),
         (DENSE | {"intermediate_size": 25}, sizes(tp=2), "intermediate_size 25 of the model"),
         (EXPERTS | {"mlp_only_layers": [0]}, sizes(tp=2), "intermediate_size 7 of the model"),
         (EXPERTS, sizes(ep=4), "6 experts of the model cannot be divided by --expert_model"),

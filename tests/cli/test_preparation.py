@@ -1,0 +1,116 @@
+"""Before the ranks exist: the model is looked at first and cheaply, the data prepared once."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mtrain.cli import demo
+from mtrain.cli.preparation import open_inputs, prepare
+from mtrain.config import DataConfig, ModelConfig, SftConfig, TemplateConfig
+from mtrain.data.storage import TokenizedDataset
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    demo.run(["--output_dir", str(folder), "--hidden_size", "64", "--num_layers", "1"])
+    return folder
+
+
+@pytest.fixture
+def config(model, tmp_path, monkeypatch) -> SftConfig:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    data = DataConfig(
+        dataset=("swift/self-cognition#20",),
+        split_dataset_ratio=0.2,
+        model_name=("mtrain",),
+        model_author=("us",),
+    )
+    return SftConfig(
+        model=ModelConfig(model=str(model)), data=data, template=TemplateConfig(max_length=64)
+    )
+
+
+def prepared_at(config: SftConfig) -> int:
+    _, data = open_inputs(config, world_size=1)
+    return (data.train.parent / "report.json").stat().st_mtime_ns
+
+
+def test_ranks_find_what_was_prepared(config, capsys) -> None:
+    prepare(config, world_size=1, show_progress=True)
+    said = capsys.readouterr().err
+    assert "train data: 16 of 16 rows kept" in said
+    assert "val data: 4 of 4 rows kept" in said
+    source, data = open_inputs(config, world_size=1)
+    assert source.family.name == "Qwen3"
+    assert data.report.reused
+    assert data.validation is not None
+    assert [len(TokenizedDataset(folder)) for folder in (data.train, data.validation)] == [16, 4]
+    assert capsys.readouterr().err == "", "ranks have nothing to say"
+
+
+def test_a_second_run_prepares_nothing(config) -> None:
+    prepare(config, world_size=1, show_progress=False)
+    first = prepared_at(config)
+    prepare(config, world_size=1, show_progress=False)
+    assert prepared_at(config) == first
+
+
+def test_data_that_is_wanted_fresh_is_made_once_for_all_ranks(config) -> None:
+    fresh = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, load_from_cache_file=False)
+    )
+    prepare(fresh, world_size=1, show_progress=False)
+    first = prepared_at(fresh)
+    assert prepared_at(fresh) == first, "a rank made it again"
+    prepare(fresh, world_size=1, show_progress=False)
+    assert prepared_at(fresh) > first
+
+
+def test_a_token_without_a_row_in_the_embedding_is_refused(config, model, tmp_path) -> None:
+    """Tokenizers in other formats than tokenizer.json are not looked into before."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in model.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    settings = json.loads((other / "config.json").read_text())
+    small = demo.demo_config(hidden_size=64, num_layers=1) | {"vocab_size": 300}
+    assert settings["vocab_size"] > 300
+    demo.write_model(other, small)
+    spoiled = dataclasses.replace(config, model=ModelConfig(model=str(other)))
+    with pytest.raises(ValueError, match=r"but the embedding of .* has 300 rows; the tokenizer"):
+        prepare(spoiled, world_size=1, show_progress=False)
+
+
+LOOK_AT_MODULES = """
+import sys
+from mtrain.cli import main, preparation
+heavy = {"torch", "transformers", "datasets", "megatron"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+main.launch_ranks = lambda launch, words: 0
+assert main.main(sys.argv[1:]) == 0
+assert "datasets" in sys.modules
+assert "megatron" not in sys.modules
+"""
+
+
+def test_the_process_that_starts_ranks_never_imports_megatron(config, model, tmp_path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", LOOK_AT_MODULES, "sft", "--model", str(model)),
+            *("--dataset", "swift/self-cognition#20", "--model_name", "m", "--model_author", "a"),
+            *("--train_iters", "1", "--output_dir", str(tmp_path / "out")),
+        ],
+        env={"HOME": str(tmp_path), "NPROC_PER_NODE": "2", "PATH": "/usr/bin:/bin"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
