@@ -1,0 +1,177 @@
+"""The pieces of `megatron sft` on a rank; whole runs are in tests/test_end_to_end.py."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtrain.cli import demo, sft
+from mtrain.cli.launch import Placement
+from mtrain.cli.preparation import prepare
+from mtrain.config import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SftConfig,
+    TrainingConfig,
+    resolve_sft,
+)
+from mtrain.data.loader import BatchPlan
+from mtrain.parallel import destroy_parallel
+
+
+@pytest.mark.parametrize(
+    ("wanted", "hf_config", "expected"),
+    [
+        (None, {"dtype": "bfloat16"}, torch.bfloat16),
+        (None, {"torch_dtype": "float16"}, torch.float16),
+        (None, {}, torch.float32),
+        ("float32", {"dtype": "bfloat16"}, torch.float32),
+        ("bfloat16", {"torch_dtype": "float64"}, torch.bfloat16),
+    ],
+)
+def test_the_precision_is_that_of_the_checkpoint_unless_told(wanted, hf_config, expected) -> None:
+    assert sft.training_dtype(wanted, hf_config) == expected
+
+
+def test_a_precision_that_cannot_be_trained_in_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"config\.json: dtype 'float8_e4m3fn' cannot be trained"):
+        sft.training_dtype(None, {"dtype": "float8_e4m3fn"})
+
+
+def loop_plan(*, total_steps: int, num_samples: int = 10, **changes):
+    checkpoint = CheckpointConfig(**changes.get("checkpoint", {}))
+    training = TrainingConfig(num_train_epochs=3, **changes.get("training", {}))
+    batches = BatchPlan(
+        torch.ones(num_samples, dtype=torch.int64).numpy(),
+        micro_batch_size=1,
+        global_batch_size=4,
+        num_epochs=3,
+        shuffle=True,
+        seed=0,
+    )
+    config = resolve_sft(SftConfig(checkpoint=checkpoint, training=training))
+    return sft._loop_plan(config, batches, total_steps=total_steps)
+
+
+def test_checkpoints_and_evaluations_come_at_their_steps_and_at_the_end() -> None:
+    plan = loop_plan(total_steps=8, checkpoint={"save_steps": 3}, training={"eval_steps": 5})
+    assert (plan.checkpoints, plan.evaluations) == ({3, 6, 8}, {5, 8})
+
+
+def test_evaluations_follow_checkpoints_by_default() -> None:
+    plan = loop_plan(total_steps=8, checkpoint={"save_steps": 3})
+    assert plan.evaluations == plan.checkpoints
+
+
+def test_an_epoch_ends_with_an_evaluation_and_a_checkpoint() -> None:
+    """Ten samples by four: epochs end within steps 3 and 5, and with step 8."""
+    plan = loop_plan(total_steps=8, checkpoint={"save_strategy": "epoch"})
+    assert (plan.checkpoints, plan.evaluations) == ({3, 5, 8}, {3, 5, 8})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    demo.run(["--output_dir", str(folder), "--hidden_size", "64", "--num_layers", "2"])
+    return folder
+
+
+@pytest.fixture
+def config(model, tmp_path, monkeypatch) -> SftConfig:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return resolve_sft(
+        SftConfig(
+            model=ModelConfig(model=str(model)),
+            data=DataConfig(
+                dataset=("swift/self-cognition#12",),
+                val_dataset=("swift/self-cognition#7",),
+                model_name=("mtrain",),
+                model_author=("us",),
+            ),
+            training=TrainingConfig(train_iters=2, global_batch_size=4),
+            optimizer=OptimizerConfig(lr=0.0),
+            checkpoint=CheckpointConfig(output_dir="~/out", save_steps=2),
+            logging=LoggingConfig(report_to=("none",), logging_steps=1),
+        )
+    )
+
+
+def run_alone(config: SftConfig) -> Path:
+    """Trains in this process and returns the folder of the run."""
+    prepare(config, world_size=1, show_progress=False)
+    try:
+        assert sft.run(config, Placement()) == 0
+    finally:
+        destroy_parallel()
+    (folder,) = Path(config.checkpoint.output_dir).expanduser().iterdir()
+    return folder
+
+
+def change(config: SftConfig, section: str, **values) -> SftConfig:
+    changed = dataclasses.replace(getattr(config, section), **values)
+    return dataclasses.replace(config, **{section: changed})
+
+
+def eval_line(folder: Path) -> dict:
+    lines = [json.loads(line) for line in (folder / "logging.jsonl").read_text().splitlines()]
+    return next(line for line in lines if "eval_loss" in line)
+
+
+def test_a_run_without_learning_rate_gives_the_model_back(config, model, capsys) -> None:
+    """From argv's home folder to the saved file nothing is changed on the way."""
+    folder = run_alone(config)
+    assert folder.parent == Path.home() / "out"
+    saved = folder / "checkpoint-2" / "model.safetensors"
+    from safetensors.torch import load_file
+
+    before, after = load_file(model / "model.safetensors"), load_file(saved)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    said = capsys.readouterr().err
+    count = sum(tensor.numel() for tensor in before.values())
+    assert f"Qwen3: {count:,} weights are trained on cpu (one rank, torch backend)" in said
+    assert f"saved {folder / 'checkpoint-2'}" in said
+
+
+def test_evaluation_sees_each_validation_sample_once(config) -> None:
+    """Seven samples in steps of four: the last step is filled up with nothing."""
+    whole = eval_line(run_alone(config))
+    wide = change(config, "training", global_batch_size=7)
+    wide = change(wide, "checkpoint", output_dir="~/wide")
+    assert eval_line(run_alone(wide))["eval_num_tokens"] == whole["eval_num_tokens"]
+    assert eval_line(Path(*Path.home().glob("wide/*")))["eval_loss"] == pytest.approx(
+        whole["eval_loss"], rel=1e-6
+    )
+
+
+def test_evaluation_can_be_shortened_and_turned_off(config) -> None:
+    whole = eval_line(run_alone(change(config, "checkpoint", output_dir="~/a")))
+    short = change(change(config, "training", eval_iters=1), "checkpoint", output_dir="~/b")
+    assert 0 < eval_line(run_alone(short))["eval_num_tokens"] < whole["eval_num_tokens"]
+    off = change(change(config, "training", eval_iters=0), "checkpoint", output_dir="~/c")
+    assert "eval_loss" not in (run_alone(off) / "logging.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "kind", "message"),
+    [
+        ("logging", {"report_to": ("swanlab",)}, ValueError, "--report_to swanlab needs a package"),
+        ("parallel", {"ddp_backend": "nccl"}, ValueError, "--ddp_backend nccl: the ranks talk"),
+        ("model", {"attention_backend": "unfused"}, ValueError, "--attention_backend unfused is"),
+        ("model", {"transformer_impl": "te"}, RuntimeError, "te needs Transformer Engine, but the"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_said_before_anything_is_made(
+    config, monkeypatch, section, values, kind, message
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("mtrain.model.backends.has_gpu", lambda: False)
+    with pytest.raises(kind, match=re.escape(message)):
+        sft.run(change(config, section, **values), Placement())
+    assert not (Path.home() / "out").exists()
