@@ -1,10 +1,10 @@
 """Times `megatron sft` itself: full-parameter training on packed text, one process, one table.
 
     python benchmarks/train_step.py --data FILE ... --tokenizer DIR \
-        --cases qwen3-0.6b:te qwen3-0.6b:torch --steps 30
+        --cases qwen3-0.6b:te qwen3-0.6b:torch --steps 50
 
 Each case makes a random checkpoint, trains, and is read off its `logging.jsonl`: the first half of
-the steps is warm-up, of the rest the median is shown.
+the lines (one each five steps) is warm-up, of the rest the median is shown.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def run_case(case: str, arguments: argparse.Namespace, work: Path) -> list[dict[
         "micro_batch_size": 1,
         "global_batch_size": arguments.global_batch_size,
         "train_iters": arguments.steps,
-        "logging_steps": 1,
+        "logging_steps": 5,
         "lr": 1e-5,
         "manual_gc": "true",
     }
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", required=True, help="shape:backend")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--global_batch_size", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--log_dir", type=Path, help="Keep the log lines of every case here.")
     parser.add_argument("flags", nargs="*", help="More flags of megatron sft, after --")
     arguments = parser.parse_args()

@@ -6,6 +6,7 @@ token by its position once, before the layers run, so no layer has to cut the se
 documents for them.
 """
 
+import inspect
 import math
 from typing import Any
 
@@ -17,7 +18,12 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
+
+# Older torch takes fewer key than query heads as they are, newer torch wants to be told.
+_HAS_SWITCH = "enable_gqa" in inspect.signature(varlen_attn).parameters
+_GROUPED_QUERIES = {"enable_gqa": True} if _HAS_SWITCH else {}
 
 
 class RotarySelfAttention(SelfAttention):
@@ -44,8 +50,7 @@ class RotarySelfAttention(SelfAttention):
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         """Queries and keys rotated; values as they are. Each [seq, batch, heads, head_dim]."""
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
-        cosines, sines = self._cosines_and_sines
-        return _rotate(query, cosines, sines), _rotate(key, cosines, sines), value
+        return *_rotate(query, key, self._cosines_and_sines), value
 
 
 def rotary_cosines_and_sines(angles: torch.Tensor, positions: torch.Tensor | slice) -> torch.Tensor:
@@ -62,7 +67,14 @@ def rotary_cosines_and_sines(angles: torch.Tensor, positions: torch.Tensor | sli
 
 
 @jit_fuser
-def _rotate(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+def _rotate(
+    query: torch.Tensor, key: torch.Tensor, cosines_and_sines: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    cosines, sines = cosines_and_sines[0], cosines_and_sines[1]
+    return _turn(query, cosines, sines), _turn(key, cosines, sines)
+
+
+def _turn(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     first, second = heads.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (heads * cosines + turned * sines).to(heads.dtype)
@@ -161,11 +173,6 @@ class PackedAttention(MegatronModule):
         value: torch.Tensor,
         packed: PackedSeqParams,
     ) -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        repeats = query.shape[2] // key.shape[2]
-        if repeats > 1:
-            key, value = (tensor.repeat_interleave(repeats, dim=2) for tensor in (key, value))
         return varlen_attn(
             query.squeeze(1),
             key.squeeze(1),
@@ -176,4 +183,5 @@ class PackedAttention(MegatronModule):
             packed.max_seqlen_kv,
             scale=self.softmax_scale,
             window_size=(-1, 0),
+            **_GROUPED_QUERIES,
         )

@@ -107,7 +107,8 @@ def _kernels(model: ModelConfig, backend: str) -> dict[str, Any]:
     return {
         "attention_backend": AttnBackend[model.attention_backend],
         "bias_activation_fusion": model.bias_activation_fusion,
-        "bias_dropout_fusion": model.bias_dropout_fusion,
+        # Without biases and dropout one addition is left, which costs less to launch unfused.
+        "bias_dropout_fusion": False,
         # Transformer Engine's kernel takes packed sequences in one launch; without it Megatron-Core
         # cuts the sequence into documents on the host, in every layer.
         "apply_rope_fusion": backend == "te",

@@ -42,7 +42,8 @@ def test_logits_and_gradients_are_near_hugging_face(name, backend, state, tmp_pa
     logits = model(**inputs)[..., :VOCAB].float()
     # In bfloat16 a router sends a token here and there to another expert than in float32.
     likeness = F.cosine_similarity(logits[0], expected[0], dim=-1)
-    assert likeness.quantile(0.1 if "moe" in name else 0.0) > 0.998
+    assert likeness.min() > 0.998 or "moe" in name
+    assert likeness.quantile(0.1) > 0.99
     assert likeness.median() > 0.999
 
     losses, _ = model(**inputs, labels=labels)
