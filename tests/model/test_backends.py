@@ -1,0 +1,73 @@
+"""Which backend is used, and which modules its layers are made of."""
+
+import pytest
+
+from mtrain.model import backends
+from mtrain.model.attention import PackedAttention
+from mtrain.model.backends import block_spec, choose_backend, spec_provider
+from mtrain.model.experts import GroupedExperts
+from mtrain.model.norm import RMSNorm
+from mtrain.parallel import ParallelLayout
+from tests.model.test_build import config_of
+from tests.ranks import run_ranks
+
+
+@pytest.mark.parametrize(
+    ("wanted", "is_usable", "expected"),
+    [
+        ("auto", True, "te"),
+        ("auto", False, "torch"),
+        ("torch", True, "torch"),
+        ("torch", False, "torch"),
+        ("te", True, "te"),
+    ],
+)
+def test_transformer_engine_is_used_where_it_can_be(
+    monkeypatch, wanted, is_usable, expected
+) -> None:
+    monkeypatch.setattr(backends, "has_transformer_engine", lambda: is_usable)
+    assert choose_backend(wanted) == expected
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "reason"),
+    [
+        (False, "needs Transformer Engine, but there is no GPU; or use --transformer_impl torch"),
+        (True, r"but it cannot be imported: pip install 'mtrain\[te\]'"),
+    ],
+)
+def test_transformer_engine_that_cannot_be_used_is_refused(monkeypatch, has_gpu, reason) -> None:
+    monkeypatch.setattr(backends, "has_transformer_engine", lambda: False)
+    monkeypatch.setattr(backends, "has_gpu", lambda: has_gpu)
+    with pytest.raises(RuntimeError, match=reason):
+        choose_backend("te")
+
+
+def layers_of(state, name, changes):
+    """(norm before attention, attention, norm before MLP, MLP or experts) of every layer."""
+    del state
+    block = block_spec(config_of(name, **changes), spec_provider("torch"), vp_stage=None)
+    result = []
+    for layer in block.layer_specs:
+        parts = layer.submodules
+        attention = parts.self_attention.submodules.core_attention
+        mlp = parts.mlp.module.__name__
+        result.append((parts.input_layernorm, attention, parts.pre_mlp_layernorm, mlp))
+    return block.layer_norm, result
+
+
+def test_the_torch_backend_needs_nothing_but_our_own_modules() -> None:
+    ((norm, layers),) = run_ranks(ParallelLayout(), layers_of, "qwen3", {})
+    assert norm is RMSNorm
+    assert layers == [(RMSNorm, PackedAttention, RMSNorm, "MLP")] * 4
+
+
+def test_dense_layers_between_expert_layers_stay_dense() -> None:
+    ((_, layers),) = run_ranks(ParallelLayout(), layers_of, "qwen3_moe_mixed", {})
+    assert [mlp for *_, mlp in layers] == ["MoELayer", "MLP", "MoELayer", "MoELayer"]
+
+
+def test_both_backends_share_our_experts() -> None:
+    for backend in ("torch", "te"):
+        module, _ = spec_provider(backend).grouped_mlp_modules(True, False)
+        assert module is GroupedExperts
