@@ -18,6 +18,7 @@ from typing import Any, Protocol, Self, TextIO
 from tqdm import tqdm
 
 from mtrain.config.logging import LoggingConfig
+from mtrain.training.console import console_line
 
 __all__ = ["JsonLines", "RunLog", "Writer", "check_trackers", "open_run_log"]
 
@@ -92,20 +93,13 @@ class RunLog:
             kind: "train" or "eval".
         """
         shown = {name: value for name, value in values.items() if name not in _POSITION}
-        head = f"{kind} {step}/{self._total_steps}"
-        tqdm.write(f"{head}: " + _one_line(shown), file=self._stream)
+        line = console_line(shown, step=step, total_steps=self._total_steps, kind=kind)
+        tqdm.write(line, file=self._stream)
         for writer in self._writers:
             writer.write(shown, step=step, kind=kind)
 
 
 _POSITION = ("step", "total_steps")
-
-
-def _one_line(values: Mapping[str, float | int]) -> str:
-    return " ".join(
-        f"{name}={value}" if isinstance(value, int) else f"{name}={value:.5g}"
-        for name, value in values.items()
-    )
 
 
 def open_run_log(

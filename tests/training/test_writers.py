@@ -52,7 +52,7 @@ def test_the_console_shows_every_number_on_one_line():
     stream = io.StringIO()
     with RunLog([], total_steps=10, stream=stream) as log:
         log.write(VALUES, step=5, kind="train")
-    assert stream.getvalue() == "train 5/10: loss=1.25 consumed_tokens=300\n"
+    assert stream.getvalue() == "train 5/10 | loss 1.2500 | 300 tokens\n"
 
 
 def test_a_missing_tracker_is_named_before_anything_starts(monkeypatch):
