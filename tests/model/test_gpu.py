@@ -54,4 +54,4 @@ def test_logits_and_gradients_are_near_hugging_face(name, backend, state, tmp_pa
     torch.testing.assert_close(losses.sum() / num_labels, loss, rtol=5e-3, atol=0)
     ours = model.embedding.word_embeddings.weight.grad[:VOCAB].float().flatten()
     theirs = judge.get_input_embeddings().weight.grad.flatten()
-    assert F.cosine_similarity(ours, theirs, dim=0) > 0.99
+    assert F.cosine_similarity(ours, theirs, dim=0) > (0.98 if "moe" in name else 0.99)
