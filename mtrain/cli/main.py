@@ -14,7 +14,12 @@ from mtrain.cli.launch import Launch, Placement, join_ranks, launch_ranks, read_
 from mtrain.cli.parser import format_help, parse_config
 from mtrain.config.checks import check_export, check_sft
 from mtrain.config.model_checks import check_model_folder
-from mtrain.config.path_checks import check_datasets, check_output_dir, local_model_folder
+from mtrain.config.path_checks import (
+    check_datasets,
+    check_output_dir,
+    check_trackers,
+    local_model_folder,
+)
 from mtrain.config.run import ExportConfig, SftConfig, resolve_export, resolve_sft
 
 __all__ = ["main"]
@@ -109,6 +114,7 @@ def _read_sft_config(words: list[str], here: Launch | Placement) -> SftConfig:
     assert config.model.model is not None, "check_sft refuses it"
     folder = local_model_folder(config.model.model)
     check_datasets(config.data)
+    check_trackers(config.logging)
     if folder is not None:
         check_model_folder(folder, model=config.model, parallel=config.parallel)
     return config

@@ -36,7 +36,8 @@ def prepare(config: SftConfig, *, world_size: int, show_progress: bool) -> None:
     if show_progress:
         for name, report in (("train", data.report.train), ("val", data.report.validation)):
             if report is not None:
-                print(f"{name} data: {report.summary()}", file=sys.stderr)
+                earlier = " (prepared earlier)" if data.report.reused else ""
+                print(f"{name} data: {report.summary()}{earlier}", file=sys.stderr)
 
 
 def open_inputs(config: SftConfig, *, world_size: int) -> tuple[ModelSource, PreparedData]:

@@ -42,7 +42,7 @@ from mtrain.training.loop import LoopPlan, epoch_ends, every, train
 from mtrain.training.metrics import Meter, RunSize
 from mtrain.training.optimizer import build_optimizer, build_scheduler
 from mtrain.training.wrap import wrap_chunks
-from mtrain.training.writers import RunLog, check_trackers, open_run_log
+from mtrain.training.writers import RunLog, open_run_log
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -66,10 +66,7 @@ def run(config: SftConfig, here: Placement) -> int:
         SaveError: A checkpoint could not be written.
     """
     started = datetime.now()
-    check_trackers(config.logging.report_to)
-    check_collectives(config.parallel)
-    backend = choose_backend(config.model.transformer_impl)
-    check_attention(config.model, backend=backend)
+    backend = _choose_backend(config)
     source, data = open_inputs(config, world_size=here.world_size)
     state = _join(config, here)
     check_same_inputs(config, source, data, state)
@@ -112,6 +109,14 @@ def run(config: SftConfig, here: Placement) -> int:
         )
     destroy_parallel()
     return 0
+
+
+def _choose_backend(config: SftConfig) -> str:
+    """The backend, "te" or "torch", after checks of what it and the device can do."""
+    check_collectives(config.parallel)
+    backend = choose_backend(config.model.transformer_impl)
+    check_attention(config.model, backend=backend)
+    return backend
 
 
 def _join(config: SftConfig, here: Placement) -> ParallelState:

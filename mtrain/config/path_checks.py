@@ -1,17 +1,19 @@
-"""Settings against the disk: do the inputs exist, can the output be written?
+"""Settings against the disk: is what is read there, can the output be written?
 
 The one thing to know: nothing is created. A name that is not a path and looks like `owner/name` is
 an id on a hub; whether it can be fetched is found out by whoever fetches it.
 """
 
+import importlib.util
 import os
 import re
 from pathlib import Path
 
 from mtrain.config.checkpoint import CheckpointConfig
 from mtrain.config.data import DataConfig
+from mtrain.config.logging import LoggingConfig
 
-__all__ = ["check_datasets", "check_output_dir", "local_model_folder"]
+__all__ = ["check_datasets", "check_output_dir", "check_trackers", "local_model_folder"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_PREFIXES = ("hf::", "ms::")
@@ -83,3 +85,16 @@ def check_output_dir(checkpoint: CheckpointConfig, *, source: str | None = None)
             f"--output_dir {output_dir} holds checkpoints of another run: "
             "give another folder, or --add_version true"
         )
+
+
+def check_trackers(logging: LoggingConfig) -> None:
+    """Checks that the packages of the trackers are installed; they bear the trackers' names.
+
+    Raises:
+        ValueError: Naming the missing package.
+    """
+    for name in logging.report_to:
+        if name != "none" and importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"--report_to {name} needs a package that is not installed: pip install {name}"
+            )

@@ -230,7 +230,9 @@ def _prepare(
     reports: dict[str, SplitReport] = {}
     for split, rows in splits.items():
         tally = Tally(rows=len(rows.usable), bad_rows=rows.num_bad)
-        bar = tqdm(total=len(rows.usable), desc=f"Tokenising {split}", disable=not show_progress)
+        # None: where somebody watches, which is not the case in a log file.
+        hidden = None if show_progress else True
+        bar = tqdm(total=len(rows.usable), desc=f"Tokenising {split}", disable=hidden)
         with bar:
             chunks = _encoded_chunks(encoder, rows.usable, num_proc=num_proc)
             write_samples(folder / split, _counted(chunks, tally, bar))

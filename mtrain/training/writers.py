@@ -1,12 +1,11 @@
 """Where log lines go: the console with its progress bar, `logging.jsonl`, and trackers.
 
 The one thing to know: only rank 0 opens a `RunLog`. Packages of trackers are imported when asked
-for; `check_trackers` says before anything starts that one is missing.
+for; `mtrain.config.path_checks` says before anything starts that one is missing.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
@@ -20,9 +19,7 @@ from tqdm import tqdm
 from mtrain.config.logging import LoggingConfig
 from mtrain.training.console import console_line
 
-__all__ = ["JsonLines", "RunLog", "Writer", "check_trackers", "open_run_log"]
-
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "swanlab": "swanlab"}
+__all__ = ["JsonLines", "RunLog", "Writer", "open_run_log"]
 
 
 class Writer(Protocol):
@@ -33,20 +30,6 @@ class Writer(Protocol):
 
     def close(self) -> None:
         """Flushes and closes."""
-
-
-def check_trackers(report_to: tuple[str, ...]) -> None:
-    """Makes sure that the packages of the trackers are installed.
-
-    Raises:
-        ValueError: One is not.
-    """
-    for name in report_to:
-        if name in _PACKAGES and importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise ValueError(
-                f"--report_to {name} needs a package that is not installed: "
-                f"pip install {_PACKAGES[name]}"
-            )
 
 
 class RunLog:

@@ -161,7 +161,6 @@ def test_evaluation_can_be_shortened_and_turned_off(config) -> None:
 @pytest.mark.parametrize(
     ("section", "values", "kind", "message"),
     [
-        ("logging", {"report_to": ("swanlab",)}, ValueError, "--report_to swanlab needs a package"),
         ("parallel", {"ddp_backend": "nccl"}, ValueError, "--ddp_backend nccl: the ranks talk"),
         ("model", {"attention_backend": "unfused"}, ValueError, "--attention_backend unfused is"),
         ("model", {"transformer_impl": "te"}, RuntimeError, "te needs Transformer Engine, but the"),
@@ -170,7 +169,6 @@ def test_evaluation_can_be_shortened_and_turned_off(config) -> None:
 def test_what_the_machine_cannot_do_is_said_before_anything_is_made(
     config, monkeypatch, section, values, kind, message
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("mtrain.model.backends.has_gpu", lambda: False)
     with pytest.raises(kind, match=re.escape(message)):
         sft.run(change(config, section, **values), Placement())

@@ -4,8 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from mtrain.config import CheckpointConfig, DataConfig
-from mtrain.config.path_checks import check_datasets, check_output_dir, local_model_folder
+from mtrain.config import CheckpointConfig, DataConfig, LoggingConfig
+from mtrain.config.path_checks import (
+    check_datasets,
+    check_output_dir,
+    check_trackers,
+    local_model_folder,
+)
 
 
 def test_a_model_is_a_folder_or_an_id(tmp_path: Path, monkeypatch) -> None:
@@ -110,3 +115,11 @@ def test_the_folder_of_the_model_is_not_written_to(tmp_path: Path, add_version: 
             output(tmp_path / "link", add_version=add_version), source=f"{model}/../model/"
         )
     check_output_dir(output(model / "runs", add_version=add_version), source=str(model))
+
+
+def test_a_missing_tracker_is_named(monkeypatch) -> None:
+    check_trackers(LoggingConfig(report_to=("tensorboard", "none")))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_trackers(LoggingConfig(report_to=("none",)))
+    with pytest.raises(ValueError, match=r"--report_to wandb needs a package .* pip install wandb"):
+        check_trackers(LoggingConfig(report_to=("wandb",)))

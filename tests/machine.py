@@ -1,0 +1,71 @@
+"""Runs `megatron` as a user does, in processes of its own, on a tiny model of our own words."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mtrain.cli import demo
+
+ROOT = Path(__file__).parents[1]
+WORDS = ("--dataset", "swift/self-cognition#60", "--model_name", "mtrain", "--model_author", "us")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished command."""
+
+    code: int
+    stderr: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Runs the command with a home folder of its own, so that no earlier cache is found."""
+
+    home: Path
+    model: Path
+
+    def sft(self, *words: str, num_ranks: int = 1, **environ: str) -> Done:
+        return self.run(
+            "-m", "mtrain.cli.main", "sft", *words, NPROC_PER_NODE=str(num_ranks), **environ
+        )
+
+    def run(self, *words: str, **environ: str) -> Done:
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=ROOT,
+            env={
+                "PATH": os.environ["PATH"],
+                "HOME": str(self.home),
+                "OMP_NUM_THREADS": "1",
+                **environ,
+            },
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        return Done(done.returncode, done.stderr, time.monotonic() - started)
+
+
+def make_machine(home: Path) -> Machine:
+    """A home folder with a model in it."""
+    demo.run(["--output_dir", str(home / "model"), "--hidden_size", "64", "--num_layers", "4"])
+    return Machine(home, home / "model")
+
+
+def copy_model(machine: Machine, folder: Path) -> dict[str, torch.Tensor]:
+    """Copies the model but for its weights, which are returned."""
+    folder.mkdir()
+    for path in machine.model.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    return load_file(machine.model / "model.safetensors")
