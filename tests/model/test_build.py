@@ -85,8 +85,8 @@ def test_weights_activations_and_pipeline_share_the_precision(dtype, bf16, fp16)
             {"recompute_granularity": "selective", "recompute_modules": ["mlp", "layernorm"]},
         ),
         (
-            {"model": ModelConfig(bias_activation_fusion=False, bias_dropout_fusion=False)},
-            {"bias_activation_fusion": False, "bias_dropout_fusion": False},
+            {"model": ModelConfig(bias_activation_fusion=False)},
+            {"bias_activation_fusion": False},
         ),
         (
             {"model": ModelConfig(megatron_extra_kwargs={"layernorm_epsilon": 0.5})},
