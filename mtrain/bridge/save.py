@@ -89,9 +89,8 @@ def save_tensors(
     Raises:
         OSError: This rank could not write a file. The others do not hear of it from here.
     """
-    layout = state.layout
     files = plan_files(
-        table, layout=layout, dtype=_DTYPE_NAMES[dtype], max_shard_size=max_shard_size
+        table, layout=state.layout, dtype=_DTYPE_NAMES[dtype], max_shard_size=max_shard_size
     )
     errors: list[OSError] = []
     # Every rank is in one group of each kind. Going through all files of one kind first keeps the
@@ -102,7 +101,7 @@ def save_tensors(
             continue
         members = mine[0].members
         gatherer = BlockGatherer(
-            [plan_rank(table, layout=layout, rank=rank, backend=backend) for rank in members],
+            [plan_rank(table, layout=state.layout, rank=rank, backend=backend) for rank in members],
             me=members.index(state.rank),
             group=group,
             lookup=lambda chunk, name: tensors[chunk][name],
@@ -117,10 +116,15 @@ def save_tensors(
             errors.append(error)
     if errors:
         raise errors[0]
+    return _finish(folder, files, is_first_rank=state.is_first_rank)
+
+
+def _finish(folder: Path, files: Sequence[WeightFile], *, is_first_rank: bool) -> tuple[str, ...]:
+    """Writes the index where there are several files; names of all files."""
     names = tuple(file.name for file in files)
     if len(files) == 1:
         return names
-    if state.rank == 0:
+    if is_first_rank:
         _write_index(folder / INDEX_FILE, files)
     return (*names, INDEX_FILE)
 
