@@ -80,8 +80,7 @@ def save_tensors(
         backend: Spelling of the norms.
         dtype: Dtype of all the tensors.
         max_shard_size: Most bytes of tensors in a file.
-        bucket_bytes: Most bytes that are moved at once, unless a single row is larger. Memory in
-            use stays below four times that.
+        bucket_bytes: Most bytes moved at once, if a row is not larger; memory stays below 4 times.
 
     Returns:
         Names of all files of the checkpoint, the index among them; the same on every rank.
@@ -92,7 +91,7 @@ def save_tensors(
     files = plan_files(
         table, layout=state.layout, dtype=_DTYPE_NAMES[dtype], max_shard_size=max_shard_size
     )
-    errors: list[OSError] = []
+    error: OSError | None = None
     # Every rank is in one group of each kind. Going through all files of one kind first keeps the
     # order of collectives the same for everybody.
     for kind, group in (("tp", state.groups.tp), ("etp", state.groups.etp)):
@@ -101,7 +100,7 @@ def save_tensors(
             continue
         members = mine[0].members
         gatherer = BlockGatherer(
-            [plan_rank(table, layout=state.layout, rank=rank, backend=backend) for rank in members],
+            [plan_rank(table, layout=state.layout, rank=r, backend=backend) for r in members],
             me=members.index(state.rank),
             group=group,
             lookup=lambda chunk, name: tensors[chunk][name],
@@ -109,13 +108,11 @@ def save_tensors(
             device=state.device,
         )
         try:
-            _write_files(
-                mine, folder, gatherer, rank=state.rank, dtype=dtype, max_bytes=bucket_bytes
-            )
-        except OSError as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
+            _write_files(mine, folder, gatherer, state.rank, dtype=dtype, max_bytes=bucket_bytes)
+        except OSError as problem:
+            error = error or problem
+    if error is not None:
+        raise error
     return _finish(folder, files, is_first_rank=state.is_first_rank)
 
 
@@ -134,8 +131,8 @@ def _write_files(
     files: list[WeightFile],
     folder: Path,
     gatherer: BlockGatherer,
-    *,
     rank: int,
+    *,
     dtype: torch.dtype,
     max_bytes: int,
 ) -> None:
