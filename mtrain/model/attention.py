@@ -6,8 +6,10 @@ token by its position once, before the layers run, so no layer has to cut the se
 documents for them.
 """
 
+import functools
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,12 +20,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-
-# Older torch takes fewer key than query heads as they are, newer torch wants to be told.
-_HAS_SWITCH = "enable_gqa" in inspect.signature(varlen_attn).parameters
-_GROUPED_QUERIES = {"enable_gqa": True} if _HAS_SWITCH else {}
 
 
 class RotarySelfAttention(SelfAttention):
@@ -173,7 +170,8 @@ class PackedAttention(MegatronModule):
         value: torch.Tensor,
         packed: PackedSeqParams,
     ) -> torch.Tensor:
-        return varlen_attn(
+        attend, options = _variable_length_attention()
+        return attend(
             query.squeeze(1),
             key.squeeze(1),
             value.squeeze(1),
@@ -183,5 +181,15 @@ class PackedAttention(MegatronModule):
             packed.max_seqlen_kv,
             scale=self.softmax_scale,
             window_size=(-1, 0),
-            **_GROUPED_QUERIES,
+            **options,
         )
+
+
+@functools.cache
+def _variable_length_attention() -> tuple[Callable[..., torch.Tensor], dict[str, bool]]:
+    """The kernel of torch, imported where it is used: it brings the compiler stack along."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Older torch takes fewer key than query heads as they are, newer torch wants to be told.
+    has_switch = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return varlen_attn, {"enable_gqa": True} if has_switch else {}

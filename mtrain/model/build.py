@@ -24,7 +24,7 @@ from mtrain.model.backends import block_spec, spec_provider
 from mtrain.model.gpt import LanguageModel
 from mtrain.model.rope import llama3_frequencies
 from mtrain.parallel import ParallelLayout, ParallelState
-from mtrain.platform.device import has_gpu
+from mtrain.platform.device import has_gpu, has_transformer_engine
 
 
 def transformer_config(
@@ -63,7 +63,7 @@ def transformer_config(
     fields |= model.megatron_extra_kwargs or {}
     try:
         return TransformerConfig(**fields)
-    except (AssertionError, TypeError) as error:
+    except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"Megatron-Core refuses this configuration: {error}") from error
 
 
@@ -144,7 +144,7 @@ def _routing(moe: MoEConfig) -> dict[str, Any]:
         "moe_z_loss_coeff": moe.moe_z_loss_coeff,
         "moe_router_dtype": None if moe.moe_router_dtype == "none" else moe.moe_router_dtype,
         "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
-        "moe_permute_fusion": moe.moe_permute_fusion and has_gpu(),
+        "moe_permute_fusion": moe.moe_permute_fusion and has_transformer_engine(),
         "moe_grouped_gemm": True,
         "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
         "moe_pad_expert_input_to_capacity": moe.moe_pad_expert_input_to_capacity,

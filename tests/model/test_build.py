@@ -166,6 +166,14 @@ def test_routing_settings_do_not_touch_a_dense_model() -> None:
             },
             "attn",
         ),
+        (
+            {
+                "training": TrainingConfig(
+                    recompute_granularity="selective", recompute_modules=("mla_up_proj",)
+                )
+            },
+            "mla_up_proj",
+        ),
     ],
 )
 def test_what_megatron_refuses_is_an_error_of_ours(settings, reason) -> None:
