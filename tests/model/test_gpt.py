@@ -90,6 +90,35 @@ def test_documents_of_a_pack_do_not_leak_into_each_other(name, tmp_path):
     assert torch.count_nonzero(first[1][:7]) == 0
 
 
+def packed_and_padded_losses(state, folder):
+    """Losses of the same documents in one row, and in a row each with padding on the right."""
+    (model,) = load_model(state, folder)
+    inputs = packed_inputs(LENGTHS, VOCAB)
+    longest = 8 * -(-max(LENGTHS) // 8)  # a multiple that sequence parallelism can cut
+
+    def rows(name, fill):
+        documents = inputs[name][0].split(LENGTHS)
+        return torch.stack([F.pad(x, (0, longest - len(x)), value=fill) for x in documents])
+
+    with torch.no_grad():
+        packed, _ = model(**inputs)
+        padded, _ = model(
+            rows("input_ids", 0), rows("position_ids", 0), labels=rows("labels", -100)
+        )
+    real = torch.arange(longest) < torch.tensor(LENGTHS)[:, None]
+    return packed[0], padded[real]
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("name", ["llama3_tied", "qwen3_moe"])
+def test_packed_documents_have_the_losses_of_padded_rows(name, tp_size, tmp_path):
+    """T41."""
+    folder = make_checkpoint(tmp_path, name)
+    layout = ParallelLayout(world_size=tp_size, tp_size=tp_size)
+    for packed, padded in run_ranks(layout, packed_and_padded_losses, folder):
+        torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-6)
+
+
 def gradient_with(state, folder, training):
     (model,) = load_model(state, folder, training=training)
     model.train()
