@@ -5,7 +5,6 @@ that a `raise` of mtrain's own raised says all there is to say. One out of a lib
 needs its traceback.
 """
 
-import dis
 import os
 import sys
 import traceback
@@ -29,21 +28,17 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 _PACKAGE = Path(mtrain.__file__).parent
-_RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 def is_foreseen(error: BaseException) -> bool:
     """Whether the error is a ValueError or RuntimeError that mtrain raised itself."""
-    trace = error.__traceback__
-    if not isinstance(error, ValueError | RuntimeError) or trace is None:
+    frames = traceback.extract_tb(error.__traceback__)
+    if not isinstance(error, ValueError | RuntimeError) or not frames:
         return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    code = trace.tb_frame.f_code
     # Functions written in C (most of torch) leave no frame: what they raise seems to come from the
-    # line of ours that calls them, but that line runs a call and not a raise.
-    is_raised_here = code.co_code[trace.tb_lasti] == _RAISE
-    return is_raised_here and Path(code.co_filename).is_relative_to(_PACKAGE)
+    # line of ours that calls them, but that line is no `raise`.
+    origin = frames[-1]
+    return origin.line.startswith("raise ") and Path(origin.filename).is_relative_to(_PACKAGE)
 
 
 def exit_code(error: BaseException) -> int:
