@@ -9,6 +9,7 @@ import pytest
 
 from mtrain.bridge.families import FAMILIES
 from mtrain.config import SftConfig, config_to_dict
+from mtrain.config.fields import spell
 from mtrain.config.later import LATER, WITHOUT_EFFECT
 from tests.cli.commands import Command, commands_in
 from tests.test_architecture import MAY_IMPORT, NEVER
@@ -57,14 +58,6 @@ def table_under(heading: str, document: Path) -> list[list[str]]:
     assert section is not None, f"{document.name}: no section {heading!r}"
     rows = [line for line in section[1].splitlines() if line.startswith("|")][2:]
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
-
-
-def spell(value: object) -> str:
-    if value is None or value in ([], ()):
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return " ".join(map(spell, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def differs(ours: object, theirs: object) -> bool:

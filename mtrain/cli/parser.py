@@ -16,7 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from mtrain.config.fields import FlagSpec, flag_specs
+from mtrain.config.fields import FlagSpec, flag_specs, spell
 from mtrain.config.later import LATER
 from mtrain.config.names import advice_for
 from mtrain.config.run import ExportConfig, SftConfig
@@ -67,9 +67,9 @@ def format_help(command: type[SftConfig] | type[ExportConfig], *, usage: str) ->
         lines += ["", f"{section.__doc__.splitlines()[0]}"]
         for spec in flag_specs(section):
             accepted = only.get(spec.name, ())
-            limits = ", ".join(dict.fromkeys(map(_spell_default, accepted)))
+            limits = ", ".join(dict.fromkeys(map(spell, accepted)))
             text = f"{spec.help} {f'Only {limits} for now. ' if limits else ''}"
-            text += f"[{_spell_default(spec.default)}]"
+            text += f"[{spell(spec.default)}]"
             lines += _help_entry(f"--{spec.name} {_type_name(spec)}", text)
     return "\n".join(lines)
 
@@ -129,34 +129,26 @@ def _read_config_file(
             _known(name, specs)
         except ValueError as error:
             raise ValueError(f"--config {path}: {error}") from error
-        words.append((name, _spell(value)))
+        words.append((name, _typed(value)))
     return words
 
 
-def _spell(value: Any) -> list[str]:
-    """A value of a YAML file as it would be typed."""
+def _typed(value: Any) -> list[str]:
+    """A value of a YAML file as the words that would be typed."""
     if isinstance(value, list):
-        return [text for item in value for text in _spell(item)]
-    if isinstance(value, bool):
-        return [str(value).lower()]
-    if value is None:
-        return ["none"]
-    return [json.dumps(value) if isinstance(value, dict) else str(value)]
+        return [text for item in value for text in _typed(item)]
+    return [json.dumps(value) if isinstance(value, dict) else spell(value)]
 
 
 def _convert(spec: FlagSpec, texts: list[str]) -> Any:
     hint, optional = _without_none(spec.type_hint)
-    if (
-        optional
-        and "none" not in spec.choices
-        and [t.lower() for t in texts] in (["none"], ["null"])
-    ):
+    says_none = [text.lower() for text in texts] in (["none"], ["null"])
+    is_none = says_none and "none" not in spec.choices
+    if is_none and optional:
         return None
     if get_origin(hint) is tuple:
         item = get_args(hint)[0]
-        if [t.lower() for t in texts] == ["none"] and "none" not in spec.choices:
-            return ()
-        return tuple(_convert_one(spec.name, item, text) for text in texts)
+        return () if is_none else tuple(_convert_one(spec.name, item, text) for text in texts)
     if hint is bool and not texts:
         return True
     if len(texts) != 1:
@@ -210,12 +202,6 @@ def _type_name(spec: FlagSpec) -> str:
     else:
         name = "true|false" if hint is bool else hint.__name__.upper()
     return f"{name} ..." if many else name
-
-
-def _spell_default(default: Any) -> str:
-    if isinstance(default, tuple):
-        return " ".join(map(str, default)) or "none"
-    return str(default).lower() if isinstance(default, bool) or default is None else str(default)
 
 
 def _help_entry(head: str, text: str) -> list[str]:

@@ -7,16 +7,9 @@ so a setting is described once.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, get_type_hints
+from typing import Any, get_type_hints
 
-__all__ = ["DataclassInstance", "FlagSpec", "check_values", "flag", "flag_specs", "section_fields"]
-
-
-class DataclassInstance(Protocol):
-    """Any dataclass, for signatures that accept each of the sections."""
-
-    __dataclass_fields__: dict[str, Any]
+__all__ = ["FlagSpec", "check_values", "flag", "flag_specs", "spell"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,43 +65,41 @@ def flag_specs(section: type) -> tuple[FlagSpec, ...]:
             name=field.name,
             type_hint=hints[field.name],
             default=field.default,
-            help=field.metadata["help"],
-            choices=field.metadata["choices"],
-            minimum=field.metadata["minimum"],
-            maximum=field.metadata["maximum"],
+            **field.metadata,
         )
         for field in dataclasses.fields(section)
     )
 
 
-def section_fields(section: DataclassInstance) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Yields (flag name, value, metadata) of one section."""
-    for field in dataclasses.fields(section):
-        yield field.name, getattr(section, field.name), field.metadata
+def spell(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(spell, value)) or "none"
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
-def check_values(section: DataclassInstance) -> None:
+def check_values(section: object) -> None:
     """Checks every value of a section against the choices and limits beside its field.
 
     Raises:
         ValueError: Naming the flag, the value and what is allowed.
     """
-    for name, value, metadata in section_fields(section):
+    for spec in flag_specs(type(section)):
+        value = getattr(section, spec.name)
         for item in value if isinstance(value, tuple) else (value,):
             if item is not None:
-                _check_item(name, item, metadata)
+                _check_item(spec, item)
 
 
-def _check_item(name: str, item: Any, metadata: Mapping[str, Any]) -> None:
-    choices = metadata["choices"]
-    if choices and item not in choices:
-        raise ValueError(f"--{name} {item}: must be one of {', '.join(choices)}")
+def _check_item(spec: FlagSpec, item: Any) -> None:
+    given = f"--{spec.name} {item}"
+    if spec.choices and item not in spec.choices:
+        raise ValueError(f"{given}: must be one of {', '.join(spec.choices)}")
     if not isinstance(item, int | float):
         return
     if not math.isfinite(item):
-        raise ValueError(f"--{name} {item}: must be a finite number")
-    minimum, maximum = metadata["minimum"], metadata["maximum"]
-    if minimum is not None and item < minimum:
-        raise ValueError(f"--{name} {item}: must be at least {minimum}")
-    if maximum is not None and item > maximum:
-        raise ValueError(f"--{name} {item}: must be at most {maximum}")
+        raise ValueError(f"{given}: must be a finite number")
+    if spec.minimum is not None and item < spec.minimum:
+        raise ValueError(f"{given}: must be at least {spec.minimum}")
+    if spec.maximum is not None and item > spec.maximum:
+        raise ValueError(f"{given}: must be at most {spec.maximum}")

@@ -5,12 +5,11 @@ docs/flags.md lists both tables, and tests keep them complete: a flag is read by
 by `LATER`, or explained by `WITHOUT_EFFECT`.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from mtrain.config.fields import section_fields
-from mtrain.config.run import ExportConfig, SftConfig
+from mtrain.config.fields import spell
+from mtrain.config.run import ExportConfig, SftConfig, flag_values
 
 __all__ = ["LATER", "WITHOUT_EFFECT", "Refusal", "refuse_later_features"]
 
@@ -159,18 +158,7 @@ def refuse_later_features(config: SftConfig | ExportConfig) -> None:
     Raises:
         ValueError: Naming the flag, its value and what to do.
     """
-    rows = {row.flag: row for row in LATER}
-    for part in dataclasses.fields(config):
-        for name, value, _ in section_fields(getattr(config, part.name)):
-            row = rows.get(name)
-            if row is not None and value not in row.accepted:
-                raise ValueError(f"--{name} {_spell(value)}: {row.reason}")
-
-
-def _spell(value: Any) -> str:
-    """A value as it is typed on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return " ".join(str(item) for item in value)
-    return str(value)
+    values = flag_values(config)
+    for row in LATER:
+        if row.flag in values and values[row.flag] not in row.accepted:
+            raise ValueError(f"--{row.flag} {spell(values[row.flag])}: {row.reason}")

@@ -12,7 +12,6 @@ from typing import Any
 from mtrain.config.checkpoint import CheckpointConfig
 from mtrain.config.data import DataConfig, TemplateConfig
 from mtrain.config.export import ExportOptions
-from mtrain.config.fields import section_fields
 from mtrain.config.logging import LoggingConfig
 from mtrain.config.model import ModelConfig
 from mtrain.config.moe import MoEConfig
@@ -21,7 +20,14 @@ from mtrain.config.parallel import ParallelConfig
 from mtrain.config.training import TrainingConfig
 from mtrain.config.tuner import TunerConfig
 
-__all__ = ["ExportConfig", "SftConfig", "config_to_dict", "resolve_export", "resolve_sft"]
+__all__ = [
+    "ExportConfig",
+    "SftConfig",
+    "config_to_dict",
+    "flag_values",
+    "resolve_export",
+    "resolve_sft",
+]
 
 FULL_LR = 1e-5
 LORA_LR = 1e-4
@@ -55,18 +61,25 @@ class ExportConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
+def flag_values(config: SftConfig | ExportConfig) -> dict[str, Any]:
+    """The values of all flags by name."""
+    sections = (getattr(config, part.name) for part in dataclasses.fields(config))
+    return {
+        field.name: getattr(section, field.name)
+        for section in sections
+        for field in dataclasses.fields(section)
+    }
+
+
 def config_to_dict(config: SftConfig | ExportConfig) -> dict[str, Any]:
     """All settings as one flat mapping of flag name to value, ready for `json.dump`.
 
     Tuples become lists. A file with this content works as `--config` file.
     The hub token is left out: the mapping is written to disk.
     """
-    flat: dict[str, Any] = {}
-    for part in dataclasses.fields(config):
-        for name, value, _ in section_fields(getattr(config, part.name)):
-            flat[name] = list(value) if isinstance(value, tuple) else value
-    del flat["hub_token"]
-    return flat
+    values = flag_values(config)
+    del values["hub_token"]
+    return {n: list(value) if isinstance(value, tuple) else value for n, value in values.items()}
 
 
 def resolve_sft(config: SftConfig) -> SftConfig:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from mtrain.config.fields import check_values, flag, flag_specs, section_fields
+from mtrain.config.fields import check_values, flag, flag_specs, spell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,9 +22,12 @@ def test_specs_come_in_order_with_resolved_types() -> None:
     assert (specs[0].default, specs[0].help, specs[0].minimum) == (4, "A size.", 1)
 
 
-def test_fields_give_the_values_of_an_instance() -> None:
-    values = {name: value for name, value, _ in section_fields(Section(size=2))}
-    assert values == {"size": 2, "share": None, "style": "round", "styles": ()}
+@pytest.mark.parametrize(
+    ("value", "typed"),
+    [(None, "none"), (True, "true"), (("a", 2), "a 2"), ((), "none"), (1e-5, "1e-05"), ("A", "A")],
+)
+def test_values_are_spelled_as_they_are_typed(value: object, typed: str) -> None:
+    assert spell(value) == typed
 
 
 def test_defaults_and_limits_themselves_are_allowed() -> None:
