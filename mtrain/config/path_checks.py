@@ -11,13 +11,12 @@ from pathlib import Path
 
 from mtrain.config.checkpoint import CheckpointConfig
 from mtrain.config.data import DataConfig
+from mtrain.config.dataset_name import DatasetName
 from mtrain.config.logging import LoggingConfig
 
 __all__ = ["check_datasets", "check_output_dir", "check_trackers", "local_model_folder"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_PREFIXES = ("hf::", "ms::")
-_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".arrow")
 
 
 def local_model_folder(model: str) -> Path | None:
@@ -37,28 +36,14 @@ def local_model_folder(model: str) -> Path | None:
 
 
 def check_datasets(data: DataConfig) -> None:
-    """Checks that datasets which are paths exist.
+    """Checks that every dataset is a path that exists or an id on a hub.
 
     Raises:
         ValueError: Naming the flag and the missing path.
     """
     for name in ("dataset", "val_dataset"):
-        for source in getattr(data, name):
-            _check_dataset(name, source)
-
-
-def _check_dataset(flag: str, source: str) -> None:
-    if source.startswith(_HUB_PREFIXES):
-        return
-    # path-or-id[:subset][#count]; a path that exists as written wins over that reading.
-    name = re.sub(r"#\d+$", "", source)
-    candidates = {source, name, name.rsplit(":", 1)[0]}
-    if any(Path(candidate).expanduser().exists() for candidate in candidates):
-        return
-    stem = name.split(":", 1)[0]
-    if _HUB_ID.fullmatch(stem) and not stem.lower().endswith(_DATA_SUFFIXES):
-        return
-    raise ValueError(f"--{flag} {source}: no such file or folder, and not an id such as owner/name")
+        for value in getattr(data, name):
+            DatasetName.parse(value, use_hf=False, flag=name)
 
 
 def check_output_dir(checkpoint: CheckpointConfig, *, source: str | None = None) -> None:

@@ -1,11 +1,10 @@
-"""Finds what `--dataset path-or-id[:subset][#count]` names and yields its rows.
+"""Finds what a value of `--dataset` names and yields its rows.
 
 The one thing to know: a source is opened before it is read, because its fingerprint (a hash of the
 contents) is part of the cache key; a prepared dataset is then found again without reading rows.
 """
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from mtrain.config.dataset_name import DatasetName
 from mtrain.data.formats import Conversation, read_conversations
 from mtrain.data.rows import SUFFIXES, BadRow, Place, Row, read_rows
 from mtrain.data.self_cognition import self_cognition_rows
@@ -20,46 +20,9 @@ from mtrain.data.self_cognition import self_cognition_rows
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["Source", "SourceName", "conversations_of", "open_source", "sample_indices"]
+__all__ = ["Source", "conversations_of", "open_source", "sample_indices"]
 
 SELF_COGNITION = "swift/self-cognition"
-
-
-@dataclass(frozen=True, slots=True)
-class SourceName:
-    """A parsed value of `--dataset`. `hub` is "hf", "ms" or None for a local path."""
-
-    path: str
-    hub: str | None
-    subset: str | None
-    count: int | None
-
-    @classmethod
-    def parse(cls, value: str, *, use_hf: bool) -> "SourceName":
-        """Split a value into path or id, subset and count.
-
-        A path that exists is taken as it is, colons and all.
-
-        Raises:
-            ValueError: It looks like a local file that is not there, or its form is wrong.
-        """
-        name, count = value, None
-        if not Path(name).expanduser().exists() and (match := re.search(r"#(\d+)$", value)):
-            name, count = value[: match.start()], int(match[1])
-            if count == 0:
-                raise ValueError(f"--dataset {value}: #count must be at least 1")
-        if Path(name).expanduser().exists():
-            return cls(str(Path(name).expanduser()), None, None, count)
-        hub = "hf" if use_hf else "ms"
-        if name.startswith(("hf::", "ms::")):
-            hub, name = name.split("::", 1)
-        name, _, subset = name.partition(":")
-        if name.endswith(SUFFIXES) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-            raise ValueError(
-                f"--dataset {value}: no such file or folder, and not a hub id "
-                "(owner/name[:subset][#count])"
-            )
-        return cls(name, hub, subset or None, count)
 
 
 class Source(Protocol):
@@ -95,7 +58,7 @@ class _LocalFiles:
 
 @dataclass(frozen=True, slots=True)
 class _HubDataset:
-    name: SourceName
+    name: DatasetName
     dataset: "datasets.Dataset"
 
     def fingerprint(self) -> str:
@@ -127,7 +90,7 @@ class _SelfCognition:
 
 
 def open_source(
-    name: SourceName,
+    name: DatasetName,
     *,
     hub_token: str | None = None,
     model_name: Sequence[str] = (),
@@ -169,7 +132,7 @@ def open_source(
     return _LocalFiles(files)
 
 
-def _load_from_hub(name: SourceName, *, hub_token: str | None) -> "datasets.Dataset":
+def _load_from_hub(name: DatasetName, *, hub_token: str | None) -> "datasets.Dataset":
     import datasets
 
     try:

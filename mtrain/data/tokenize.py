@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mtrain.config.data import DataConfig, TemplateConfig
+from mtrain.config.dataset_name import DatasetName
 from mtrain.data.cache import content_key, locked
 from mtrain.data.encode import (
     Drop,
@@ -31,7 +32,7 @@ from mtrain.data.formats import Conversation
 from mtrain.data.prefetch import map_ahead
 from mtrain.data.report import PreparationReport, SplitReport, Tally
 from mtrain.data.rows import BadRow
-from mtrain.data.source import Source, SourceName, conversations_of, open_source, sample_indices
+from mtrain.data.source import Source, conversations_of, open_source, sample_indices
 from mtrain.data.storage import write_samples
 
 __all__ = ["PreparedData", "prepare_datasets"]
@@ -50,7 +51,7 @@ class PreparedData:
     report: PreparationReport
 
 
-_OpenSources = tuple[tuple[SourceName, Source], ...]
+_OpenSources = tuple[tuple[DatasetName, Source], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ def _encode_settings(data: DataConfig, template: TemplateConfig, model_dir: Path
 def _open(
     values: Sequence[str], data: DataConfig, *, use_hf: bool, hub_token: str | None
 ) -> _OpenSources:
-    names = [SourceName.parse(value, use_hf=use_hf) for value in values]
+    names = [DatasetName.parse(value, use_hf=use_hf) for value in values]
     return tuple(
         (
             name,

@@ -33,40 +33,21 @@ def test_a_file_is_not_a_model(tmp_path: Path) -> None:
         local_model_folder(str(tmp_path / "file"))
 
 
-@pytest.fixture
-def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def test_datasets_are_paths_that_exist_or_ids(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.json").write_text("[]")
-    (tmp_path / "b:c#3").write_text("")
+    for name in ("a.json", "b:c#3"):
+        (tmp_path / name).write_text("")
     (tmp_path / "folder").mkdir()
-    return tmp_path
-
-
-@pytest.mark.usefixtures("data_folder")
-@pytest.mark.parametrize(
-    "source",
-    [
-        "a.json",
-        "./a.json#10",
-        "folder",
-        "b:c#3",
-        "b:c#3#2",
-        "swift/self-cognition#1000",
-        "AI-ModelScope/LaTeX_OCR:human_handwrite#5000",
-        "hf::squad",
-        "ms::a/b",
-    ],
-)
-def test_files_that_exist_and_ids_pass(source: str) -> None:
-    check_datasets(DataConfig(dataset=(source,)))
-
-
-@pytest.mark.usefixtures("data_folder")
-@pytest.mark.parametrize("source", ["b.json", "x/y.jsonl#5", "./none", "/none/x", "squad", "a/b/c"])
-def test_missing_files_are_named_with_their_flag(source: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        check_datasets(DataConfig(dataset=("a.json",), val_dataset=(source,)))
-    assert str(caught.value).startswith(f"--val_dataset {source}: no such file or folder")
+    check_datasets(
+        DataConfig(
+            dataset=("a.json", "./a.json#10", "folder", "b:c#3", "b:c#3#2"),
+            val_dataset=("swift/self-cognition#1000", "a/b:c#5000", "hf::squad", "ms::a/b"),
+        )
+    )
+    with pytest.raises(ValueError, match=r"^--dataset b\.json: no such file or folder"):
+        check_datasets(DataConfig(dataset=("a.json", "b.json")))
+    with pytest.raises(ValueError, match=r"^--val_dataset \./none: no such file or folder"):
+        check_datasets(DataConfig(dataset=("a.json",), val_dataset=("./none",)))
 
 
 def output(path: Path, *, add_version: bool = True) -> CheckpointConfig:

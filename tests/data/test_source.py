@@ -5,37 +5,15 @@ import types
 import numpy as np
 import pytest
 
+from mtrain.config.dataset_name import DatasetName
 from mtrain.data.formats import Conversation
-from mtrain.data.source import SourceName, conversations_of, open_source, sample_indices
+from mtrain.data.source import conversations_of, open_source, sample_indices
 
 ROW = {"query": "q", "response": "r"}
 
 
-def parse(value, use_hf=False):
-    return SourceName.parse(value, use_hf=use_hf)
-
-
-def test_paths_and_ids_are_told_apart(tmp_path):
-    path = tmp_path / "odd:name#3.jsonl"
-    path.write_text(json.dumps(ROW))
-    assert parse(str(path)) == SourceName(str(path), None, None, None)
-    assert parse(f"{path}#5") == SourceName(str(path), None, None, 5)
-    assert parse("a/b:c#5") == SourceName("a/b", "ms", "c", 5)
-    assert parse("a/b", use_hf=True) == SourceName("a/b", "hf", None, None)
-    assert parse("ms::a/b", use_hf=True).hub == "ms"
-    assert parse("hf::a/b").hub == "hf"
-    assert parse("AI-ModelScope/LaTeX_OCR:human_handwrite#5000").subset == "human_handwrite"
-
-
-@pytest.mark.parametrize("value", ["/nowhere/a.jsonl", "nowhere/a.jsonl", "./nothing", "word"])
-def test_a_missing_file_is_named(value):
-    with pytest.raises(ValueError, match="no such file or folder"):
-        parse(value)
-
-
-def test_a_count_of_zero_is_refused():
-    with pytest.raises(ValueError, match="at least 1"):
-        parse("a/b#0")
+def parse(value):
+    return DatasetName.parse(value, use_hf=False)
 
 
 def test_a_folder_gives_all_its_files_in_order(tmp_path):
