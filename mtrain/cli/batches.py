@@ -59,9 +59,9 @@ class Batches:
             self._dataset,
             self.plan,
             self._layout,
+            range(num_steps),
             dp_rank=self._state.coordinates.dp_rank,
             dp_size=self._state.layout.dp_size,
-            last_step=num_steps,
             num_workers=self._data.dataloader_num_workers,
             prefetch_factor=self._data.dataloader_prefetch_factor,
         )

@@ -100,13 +100,6 @@ class BatchPlan:
         )
 
     @property
-    def fill_ratio(self) -> float:
-        """Share of packed positions that hold a token (first epoch); 1 without packing."""
-        if self._packing_length is None:
-            return 1.0
-        return self.units(0).fill_ratio(self._lengths, packing_length=self._packing_length)
-
-    @property
     def total_steps(self) -> int:
         """Steps until every epoch is over.
 
@@ -292,11 +285,10 @@ def load_steps(
     dataset: TokenizedDataset,
     plan: BatchPlan,
     layout: BatchLayout,
+    steps: range,
     *,
     dp_rank: int,
     dp_size: int,
-    first_step: int = 0,
-    last_step: int | None = None,
     num_workers: int = 0,
     prefetch_factor: int = 2,
 ) -> Iterator[list[PackedBatch]]:
@@ -308,10 +300,9 @@ def load_steps(
         dataset: What `plan` was made for.
         plan: Which samples.
         layout: Which tensors.
+        steps: Which steps; those before it were trained on already.
         dp_rank: This rank among the data-parallel ones.
         dp_size: Number of data-parallel ranks.
-        first_step: Steps before it were trained on already.
-        last_step: First step that is not wanted; None: the end of the last epoch.
         num_workers: Threads that build batches ahead (copying releases the interpreter); 0: none.
         prefetch_factor: Steps each thread is ahead.
     """
@@ -319,7 +310,6 @@ def load_steps(
     def build(micro_batches: list[list[np.ndarray]]) -> list[PackedBatch]:
         return [collate(dataset, units, layout) for units in micro_batches]
 
-    steps = range(first_step, plan.total_steps if last_step is None else last_step)
     planned = (plan.micro_batches(step, dp_rank=dp_rank, dp_size=dp_size) for step in steps)
     if num_workers == 0:
         yield from map(build, planned)

@@ -30,11 +30,6 @@ class Units:
     def __getitem__(self, index: int) -> np.ndarray:
         return self.sample_ids[self.starts[index] : self.ends[index]]
 
-    def fill_ratio(self, lengths: np.ndarray, *, packing_length: int) -> float:
-        """Share of the positions of all rows that hold a token, 0 to 1."""
-        tokens = int(lengths[self.sample_ids].sum(dtype=np.int64))
-        return tokens / max(1, len(self) * packing_length)
-
 
 def plan_singles(num_samples: int, *, shuffle: bool, seed: int, epoch: int) -> Units:
     """One sample a unit, in order or in the permutation of (seed, epoch)."""

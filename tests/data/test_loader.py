@@ -218,10 +218,11 @@ def test_an_empty_micro_batch_is_all_padding(dataset, layout, shape):
     assert batch.position_ids.max() < 40
 
 
-def steps_of(dataset, **arguments):
+def steps_of(dataset, steps=None, **arguments):
     plan = make_plan(dataset, num_epochs=2, packing_length=40)
     layout = BatchLayout(micro_batch_size=1, packing_length=40)
-    return load_steps(dataset, plan, layout, dp_rank=1, dp_size=2, **arguments)
+    steps = steps or range(plan.total_steps)
+    return load_steps(dataset, plan, layout, steps, dp_rank=1, dp_size=2, **arguments)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
@@ -230,9 +231,9 @@ def test_steps_come_in_order_and_can_start_anywhere(dataset, num_workers):
     assert len(expected) == 5
     assert all(len(step) == 4 for step in expected)
     for first in (0, 3):
-        steps = steps_of(dataset, first_step=first, num_workers=num_workers)
+        steps = steps_of(dataset, range(first, 5), num_workers=num_workers)
         assert [[batch.sample_ids for batch in step] for step in steps] == expected[first:]
-    limited = steps_of(dataset, first_step=1, last_step=3, num_workers=num_workers)
+    limited = steps_of(dataset, range(1, 3), num_workers=num_workers)
     assert len(list(limited)) == 2
 
 

@@ -32,12 +32,9 @@ def random_lengths(seed):
 def test_every_sample_is_packed_once_and_no_pack_overflows(strategy, shuffle):
     for seed in range(40):
         lengths, limit = random_lengths(seed)
-        units = plan(lengths, limit, strategy=strategy, shuffle=shuffle, seed=seed)
-        packs = as_lists(units)
+        packs = as_lists(plan(lengths, limit, strategy=strategy, shuffle=shuffle, seed=seed))
         assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
         assert all(0 < sum(lengths[index] for index in pack) <= limit for pack in packs)
-        ratio = lengths.sum() / (len(packs) * limit)
-        assert units.fill_ratio(lengths, packing_length=limit) == pytest.approx(ratio)
 
 
 def test_binpack_leaves_no_room_for_another_pack():
@@ -82,7 +79,7 @@ def test_chat_lengths_fill_packs_of_8192_in_no_time():
     started = time.perf_counter()
     units = plan(lengths, 8192)
     assert time.perf_counter() - started < 2
-    assert units.fill_ratio(lengths, packing_length=8192) > 0.999
+    assert lengths.sum() / (len(units) * 8192) > 0.999
 
 
 def test_a_sample_longer_than_a_pack_is_refused():
