@@ -16,7 +16,7 @@ from mtrain.config.parallel import ParallelConfig
 from mtrain.config.run import ExportConfig, SftConfig
 from mtrain.config.training import TrainingConfig
 
-__all__ = ["check_batches", "check_export", "check_sft", "check_world_size"]
+__all__ = ["check_export", "check_sft"]
 
 
 def check_sft(config: SftConfig, *, world_size: int) -> None:
@@ -34,14 +34,15 @@ def check_sft(config: SftConfig, *, world_size: int) -> None:
     if config.model.model is None:
         raise ValueError("--model is missing: give a Hugging Face folder or id")
     _check_data(config.data, config.template)
-    _check_length_of_run(config.training)
+    if config.training.train_iters is None and config.training.num_train_epochs is None:
+        raise ValueError("give --num_train_epochs or --train_iters")
     _check_recompute(config.training)
     _check_schedule(config.optimizer, train_iters=config.training.train_iters)
     _check_shard_size(config.checkpoint.max_shard_size)
-    check_world_size(config.parallel, world_size=world_size)
+    _check_world_size(config.parallel, world_size=world_size)
     if config.optimizer.optimizer == "sgd" and config.parallel.use_distributed_optimizer:
         raise ValueError("--optimizer sgd needs --use_distributed_optimizer false")
-    check_batches(config.training, config.parallel, world_size=world_size)
+    _check_batches(config.training, config.parallel, world_size=world_size)
 
 
 def check_export(config: ExportConfig) -> None:
@@ -57,7 +58,8 @@ def check_export(config: ExportConfig) -> None:
 
 
 def _check_sections(config: SftConfig | ExportConfig) -> None:
-    for part in dataclasses.fields(config):
+    # The last first: a wrong --save_steps is also the default of --eval_steps.
+    for part in reversed(dataclasses.fields(config)):
         check_values(getattr(config, part.name))
 
 
@@ -68,12 +70,8 @@ def _check_shard_size(text: str) -> None:
         raise ValueError(f"--max_shard_size {error}") from error
 
 
-def check_world_size(parallel: ParallelConfig, *, world_size: int) -> None:
-    """Checks that the ranks can be divided by the parallel sizes.
-
-    Raises:
-        ValueError: Naming the sizes, and the number of processes that would work.
-    """
+def _check_world_size(parallel: ParallelConfig, *, world_size: int) -> None:
+    """The ranks can be divided by the parallel sizes, and these fit each other."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     cp = parallel.context_parallel_size
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
@@ -105,12 +103,8 @@ def _divide_world(world_size: int, *, sizes: tuple[int, int, int], what: str) ->
         )
 
 
-def check_batches(training: TrainingConfig, parallel: ParallelConfig, *, world_size: int) -> None:
-    """Checks that the global batch divides into micro-batches that fill the pipeline.
-
-    Raises:
-        ValueError: Naming the batch sizes and the data-parallel size.
-    """
+def _check_batches(training: TrainingConfig, parallel: ParallelConfig, *, world_size: int) -> None:
+    """The global batch divides into micro-batches that fill the pipeline."""
     pp = parallel.pipeline_model_parallel_size
     model_size = parallel.tensor_model_parallel_size * pp * parallel.context_parallel_size
     dp_size = world_size // model_size
@@ -152,11 +146,6 @@ def _check_data(data: DataConfig, template: TemplateConfig) -> None:
             f"--packing_length {data.packing_length} must be at least "
             f"--max_length {template.max_length}"
         )
-
-
-def _check_length_of_run(training: TrainingConfig) -> None:
-    if training.train_iters is None and training.num_train_epochs is None:
-        raise ValueError("give --num_train_epochs or --train_iters")
 
 
 def _check_recompute(training: TrainingConfig) -> None:

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -65,28 +65,23 @@ class _HubDataset:
         return _hash_files(Path(file["filename"]) for file in self.dataset.cache_files)
 
     def parts(self) -> Iterator[Iterator[Row | BadRow]]:
-        yield (
-            Row(Place(self.name.path, number, "row"), dict(columns))
-            for number, columns in enumerate(self.dataset, start=1)
-        )
+        yield _numbered(self.name.path, self.dataset)
 
 
 @dataclass(frozen=True, slots=True)
 class _SelfCognition:
-    names: tuple[str, ...]
-    authors: tuple[str, ...]
+    rows: tuple[dict[str, str], ...]
 
     def fingerprint(self) -> str:
-        rows = list(self_cognition_rows(names=self.names, authors=self.authors))
-        return hashlib.sha256(repr(rows).encode()).hexdigest()
+        return hashlib.sha256(repr(list(self.rows)).encode()).hexdigest()
 
     def parts(self) -> Iterator[Iterator[Row | BadRow]]:
-        yield (
-            Row(Place(SELF_COGNITION, number, "row"), dict(columns))
-            for number, columns in enumerate(
-                self_cognition_rows(names=self.names, authors=self.authors), start=1
-            )
-        )
+        yield _numbered(SELF_COGNITION, self.rows)
+
+
+def _numbered(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+    for number, columns in enumerate(rows, start=1):
+        yield Row(Place(name, number, "row"), dict(columns))
 
 
 def open_source(
@@ -114,7 +109,7 @@ def open_source(
                 f"--dataset {SELF_COGNITION} needs --model_name and --model_author "
                 "(one value, or two: Chinese and English)"
             )
-        return _SelfCognition(tuple(model_name), tuple(model_author))
+        return _SelfCognition(tuple(self_cognition_rows(names=model_name, authors=model_author)))
     if name.hub is not None:
         return _HubDataset(name, _load_from_hub(name, hub_token=hub_token))
     path = Path(name.path)

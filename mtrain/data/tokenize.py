@@ -140,19 +140,14 @@ def _encode_settings(data: DataConfig, template: TemplateConfig, model_dir: Path
 def _open(
     values: Sequence[str], data: DataConfig, *, use_hf: bool, hub_token: str | None
 ) -> _OpenSources:
-    names = [DatasetName.parse(value, use_hf=use_hf) for value in values]
-    return tuple(
-        (
-            name,
-            open_source(
-                name,
-                hub_token=hub_token,
-                model_name=data.model_name,
-                model_author=data.model_author,
-            ),
+    sources = []
+    for value in values:
+        name = DatasetName.parse(value, use_hf=use_hf)
+        source = open_source(
+            name, hub_token=hub_token, model_name=data.model_name, model_author=data.model_author
         )
-        for name in names
-    )
+        sources.append((name, source))
+    return tuple(sources)
 
 
 def _cache_key(
@@ -185,7 +180,7 @@ def _collect(sources: _OpenSources, data: DataConfig) -> _Rows:
             _skip_or_raise(row, skip=data.skip_bad_lines)
             num_bad += 1
         if not usable:
-            raise ValueError(f"--dataset {name.path}: no usable row ({num_bad} bad lines)")
+            raise ValueError(f"{name.path}: no usable row ({num_bad} bad lines)")
         indices = sample_indices(num_rows=len(usable), count=name.count, seed=data.data_seed)
         collected.extend(usable[index] for index in indices)
     return _Rows(collected, num_bad)

@@ -76,9 +76,9 @@ def test_epochs_mix_samples_differently():
 
 def test_chat_lengths_fill_packs_of_8192_in_no_time():
     lengths = np.random.default_rng(0).lognormal(6.2, 0.9, 100_000).clip(8, 8192).astype(np.int32)
-    started = time.perf_counter()
+    started = time.process_time()
     units = plan(lengths, 8192)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert lengths.sum() / (len(units) * 8192) > 0.999
 
 
