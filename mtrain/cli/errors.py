@@ -16,6 +16,7 @@ import mtrain
 
 __all__ = [
     "EXIT_FAILURE",
+    "EXIT_INTERRUPTED",
     "EXIT_USER_ERROR",
     "end_failed_rank",
     "error_line",

@@ -9,7 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from mtrain import __version__
-from mtrain.cli.errors import end_failed_rank, error_line, exit_code, is_foreseen
+from mtrain.cli.errors import (
+    EXIT_INTERRUPTED,
+    end_failed_rank,
+    error_line,
+    exit_code,
+    is_foreseen,
+)
 from mtrain.cli.launch import Launch, Placement, join_ranks, launch_ranks, read_environment
 from mtrain.cli.parser import format_help, parse_config
 from mtrain.config.checks import check_export, check_sft
@@ -41,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Words after `megatron`; default: those of this process.
 
     Returns:
-        Exit code: 0, 2 for a mistake in the command line or files, or 1 for what failed later.
+        Exit code: 0, 2 for a mistake in the command line or files, 1 for what failed later, 130
+        after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in _HELP_WORDS:
@@ -53,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = words[0]
     try:
         return _find_command(command)(words[1:])
+    except KeyboardInterrupt:
+        print(f"megatron {command}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except (ValueError, RuntimeError) as error:
         if not is_foreseen(error):
             raise
@@ -103,7 +113,7 @@ def _sft_rank(words: list[str], here: Placement) -> int:
         if not here.is_prepared:
             prepare(config, world_size=here.world_size, show_progress=here.local_rank == 0)
         return run(config, here)
-    except (ValueError, RuntimeError) as error:
+    except (KeyboardInterrupt, ValueError, RuntimeError) as error:
         # Not for `main`: a rank that failed must not wait for the others when it ends.
         report(type(error), error, error.__traceback__)
 

@@ -46,7 +46,11 @@ def parse_config(command: type[C], argv: Sequence[str]) -> C:
     words = _split_flags(argv)
     paths = [values for name, values in words if name == "config"]
     if paths:
-        words = _read_config_file(paths[-1], specs) + words
+        from_file = _read_config_file(paths[-1], specs)
+        if any(name == "num_train_epochs" for name, _ in words):
+            # Iterations win over epochs, but those of a file not over a flag.
+            from_file = [word for word in from_file if word[0] != "train_iters"]
+        words = from_file + words
     values = {}
     for name, texts in words:
         if name != "config":

@@ -55,7 +55,7 @@ def check_parallel_sizes(hf_config: Mapping[str, Any], parallel: ParallelConfig)
     num_experts = _num_experts(text_config)
     _check_tensor_parallel(text_config, parallel, has_experts=num_experts > 0)
     _check_experts(text_config, parallel, num_experts=num_experts)
-    num_layers = text_config.get("num_hidden_layers")
+    num_layers = _count(text_config, "num_hidden_layers")
     if num_layers is not None:
         _check_pipeline(num_layers, parallel)
 
@@ -81,7 +81,7 @@ def check_vocabulary(folder: Path, hf_config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: A token id is not below `vocab_size`.
     """
-    vocab_size = hf_config.get("text_config", hf_config).get("vocab_size")
+    vocab_size = _count(hf_config.get("text_config", hf_config), "vocab_size")
     path = folder / "tokenizer.json"
     if vocab_size is None or not path.is_file():
         return
@@ -99,7 +99,14 @@ def check_vocabulary(folder: Path, hf_config: Mapping[str, Any]) -> None:
 
 
 def _num_experts(text_config: Mapping[str, Any]) -> int:
-    return next((text_config[key] for key in _EXPERT_KEYS if text_config.get(key)), 0)
+    counts = (_count(text_config, key) for key in _EXPERT_KEYS)
+    return next((count for count in counts if count), 0)
+
+
+def _count(text_config: Mapping[str, Any], name: str) -> int | None:
+    """A number of config.json; the families refuse what is none."""
+    value = text_config.get(name)
+    return value if isinstance(value, int) else None
 
 
 def _check_tensor_parallel(
@@ -107,9 +114,9 @@ def _check_tensor_parallel(
 ) -> None:
     tp = parallel.tensor_model_parallel_size
     names = ["num_attention_heads"]
-    num_groups = text_config.get("num_key_value_heads")
+    num_groups = _count(text_config, "num_key_value_heads")
     # More ranks than groups: several ranks hold parts of the same group.
-    if num_groups is None or tp % num_groups:
+    if not num_groups or tp % num_groups:
         names.append("num_key_value_heads")
     if not has_experts or text_config.get("mlp_only_layers"):
         names.append("intermediate_size")
@@ -142,7 +149,7 @@ def _check_experts(
 
 
 def _check_divides(text_config: Mapping[str, Any], name: str, *, size: int, flag: str) -> None:
-    value = text_config.get(name)
+    value = _count(text_config, name)
     if value is not None and value % size:
         raise ValueError(f"{name} {value} of the model cannot be divided by --{flag} {size}")
 

@@ -157,7 +157,7 @@ def _resolve_training(training: TrainingConfig, *, save_steps: int) -> TrainingC
         method, num_layers = method or "uniform", num_layers or 1
     return dataclasses.replace(
         training,
-        eval_steps=training.eval_steps or save_steps,
+        eval_steps=save_steps if training.eval_steps is None else training.eval_steps,
         num_train_epochs=None if training.train_iters else training.num_train_epochs,
         recompute_method=method,
         recompute_num_layers=num_layers,

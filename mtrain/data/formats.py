@@ -82,9 +82,21 @@ def read_conversations(
         try:
             if missing := [key for key in layout if key not in values]:
                 raise _Unusable(f"no {missing[0]!r} column, unlike the file's first row")
-            yield _CONVERTERS[layout](values, row.place)
+            conversation = _CONVERTERS[layout](values, row.place)
+            _check_characters(conversation)
         except _Unusable as error:
             yield BadRow(row.place, str(error))
+        else:
+            yield conversation
+
+
+def _check_characters(conversation: Conversation) -> None:
+    """JSON can spell half of a surrogate pair; tokenizers take UTF-8, which cannot."""
+    everything = (conversation.messages, conversation.tools, conversation.text)
+    try:
+        json.dumps(everything, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise _Unusable("holds half of a surrogate pair, which is no text") from None
 
 
 def _detect_layout(values: Mapping[str, Any]) -> tuple[str, ...] | None:

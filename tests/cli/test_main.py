@@ -190,6 +190,15 @@ def test_a_fault_of_a_library_keeps_its_traceback(run_words, started, monkeypatc
         main(run_words)
 
 
+def test_ctrl_c_is_one_line(run_words, started, monkeypatch, capsys) -> None:
+    def interrupt(config: SftConfig, here: Placement) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["mtrain.cli.sft"], "run", interrupt)
+    assert main(run_words) == 130
+    assert capsys.readouterr().err == "megatron sft: interrupted\n"
+
+
 def test_the_module_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mtrain.cli.main", "sft", "--model"],

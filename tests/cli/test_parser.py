@@ -157,6 +157,15 @@ def test_saved_arguments_are_a_config_file(tmp_path: Path) -> None:
     assert parse("--config", str(path)) == config
 
 
+def test_epochs_of_the_command_line_win_over_iterations_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "args.json"
+    path.write_text('{"train_iters": 5, "num_train_epochs": null}')
+    training = parse("--config", str(path), "--num_train_epochs", "3").training
+    assert (training.train_iters, training.num_train_epochs) == (None, 3)
+    both = parse("--config", str(path), "--num_train_epochs", "3", "--train_iters", "7").training
+    assert (both.train_iters, both.num_train_epochs) == (7, 3)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

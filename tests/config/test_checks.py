@@ -81,6 +81,8 @@ def test_good_combinations_pass(flags: dict[str, object]) -> None:
         ({"dataset": ()}, "--dataset is missing"),
         ({"train_iters": None}, "give --num_train_epochs or --train_iters"),
         ({"micro_batch_size": 0}, "--micro_batch_size 0: must be at least 1"),
+        ({"save_steps": 0}, "--save_steps 0: must be at least 1"),
+        ({"eval_steps": 0}, "--eval_steps 0: must be at least 1"),
         ({"tuner_type": "lora"}, "LoRA comes with a later release"),
         ({"max_shard_size": "big"}, "--max_shard_size big: must be a size"),
         ({"val_dataset": ("a/b",), "split_dataset_ratio": 0.1}, "exclude each other"),

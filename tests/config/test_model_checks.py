@@ -145,6 +145,14 @@ def test_a_token_without_a_row_is_refused(tmp_path: Path, tokenizer) -> None:
         check_folder(write_model(tmp_path, tokenizer))
 
 
+@pytest.mark.parametrize("key", sorted(DENSE))
+def test_entries_that_are_no_numbers_are_left_to_the_family(tmp_path: Path, key: str) -> None:
+    """The families name what a config.json must hold; no check before them may stumble."""
+    folder = write_model(tmp_path, {"model": {"vocab": words(10)}})
+    (folder / "config.json").write_text(json.dumps(DENSE | {key: "many"}))
+    check_model_folder(folder, model=ModelConfig(), parallel=sizes(tp=2, pp=2))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -32,6 +32,11 @@ def test_the_learning_rate_follows_the_kind_of_training(tuner_type, given, lr) -
     assert resolve_sft(config).optimizer.lr == lr
 
 
+def test_zero_is_no_interval_of_evaluation() -> None:
+    zero = resolve_sft(SftConfig(training=TrainingConfig(eval_steps=0)))
+    assert zero.training.eval_steps == 0, "the checks refuse it; it must not become the default"
+
+
 def test_evaluation_follows_saving_and_iterations_win_over_epochs() -> None:
     config = SftConfig(
         checkpoint=CheckpointConfig(save_steps=70),

@@ -133,6 +133,19 @@ def test_a_row_that_does_not_fit_is_bad_with_its_reason(row, reason):
         raise AssertionError(bad.reason)
 
 
+@pytest.mark.parametrize("row", [{"query": "\ud800", "response": "r"}, {"text": "\udfff"}])
+def test_half_a_surrogate_pair_is_a_bad_row(row):
+    """T27: JSON can spell it (`\\ud800`), UTF-8 and hence tokenizers cannot."""
+    (result,) = convert(json.loads(json.dumps(row)))
+    assert isinstance(result, BadRow)
+    assert result.reason == "holds half of a surrogate pair, which is no text"
+
+
+def test_whole_surrogate_pairs_are_text():
+    (result,) = convert(json.loads('{"query": "\\ud83d\\ude00", "response": "r"}'))
+    assert said(result)[0] == ("user", "\U0001f600")
+
+
 def test_null_answers_are_bad():
     """T27."""
     (bad,) = convert({"instruction": "Add.", "input": "", "output": None})
