@@ -15,11 +15,12 @@ from typing import Any, BinaryIO, NoReturn
 import pyarrow
 import pyarrow.parquet
 
-__all__ = ["MAX_LINE_BYTES", "SUFFIXES", "BadRow", "Place", "Row", "read_rows"]
+__all__ = ["SUFFIXES", "BadRow", "Place", "Row", "read_rows"]
 
-MAX_LINE_BYTES = 64 * 2**20
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
+# A longer line is a bad row, and is not held in memory.
+_MAX_LINE_BYTES = 64 * 2**20
 _BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 _BOM_REASON = "starts with a byte order mark; save the file as UTF-8 without one"
 
@@ -55,12 +56,8 @@ class BadRow:
         return f"{self.place}: {self.reason}"
 
 
-def read_rows(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Row | BadRow]:
-    """Read a json (array or lines), jsonl, csv or parquet file.
-
-    Args:
-        path: The file; its suffix says how it is read.
-        max_line_bytes: A longer line of JSON lines is a bad row and is not held in memory.
+def read_rows(path: Path) -> Iterator[Row | BadRow]:
+    """Read a json (array or lines), jsonl, csv or parquet file, as its suffix says.
 
     Raises:
         ValueError: The suffix is unknown, or the file cannot be read past some line.
@@ -69,7 +66,7 @@ def read_rows(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[R
     if suffix in (".json", ".jsonl"):
         if suffix == ".json" and _starts_with_bracket(path):
             return _read_json_array(path)
-        return _read_json_lines(path, max_line_bytes=max_line_bytes)
+        return _read_json_lines(path)
     if suffix == ".csv":
         return _read_csv(path)
     if suffix == ".parquet":
@@ -98,22 +95,22 @@ def _starts_with_bracket(path: Path) -> bool:
     return head.lstrip()[:1] == b"["
 
 
-def _lines(file: BinaryIO, *, max_line_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
     """Number lines from 1; None stands for a line that is too long, which is read past."""
     number = 0
-    while line := file.readline(max_line_bytes + 1):
+    while line := file.readline(_MAX_LINE_BYTES + 1):
         number += 1
-        if len(line) <= max_line_bytes:
+        if len(line) <= _MAX_LINE_BYTES:
             yield number, line
             continue
         while line and not line.endswith(b"\n"):
-            line = file.readline(max_line_bytes)
+            line = file.readline(_MAX_LINE_BYTES)
         yield number, None
 
 
-def _parse_line(line: bytes | None, place: Place, *, max_line_bytes: int) -> Row | BadRow:
+def _parse_line(line: bytes | None, place: Place) -> Row | BadRow:
     if line is None:
-        return BadRow(place, f"the line is longer than {max_line_bytes} bytes")
+        return BadRow(place, f"the line is longer than {_MAX_LINE_BYTES} bytes")
     if line.startswith(_BYTE_ORDER_MARKS):
         return BadRow(place, _BOM_REASON)
     try:
@@ -130,12 +127,11 @@ def _parse_line(line: bytes | None, place: Place, *, max_line_bytes: int) -> Row
     return _as_row(value, place)
 
 
-def _read_json_lines(path: Path, *, max_line_bytes: int) -> Iterator[Row | BadRow]:
+def _read_json_lines(path: Path) -> Iterator[Row | BadRow]:
     with path.open("rb") as file:
-        for number, line in _lines(file, max_line_bytes=max_line_bytes):
+        for number, line in _lines(file):
             if line is None or line.strip():
-                place = Place(str(path), number)
-                yield _parse_line(line, place, max_line_bytes=max_line_bytes)
+                yield _parse_line(line, Place(str(path), number))
 
 
 def _read_json_array(path: Path) -> Iterator[Row | BadRow]:
@@ -181,7 +177,7 @@ def _read_csv(path: Path) -> Iterator[Row | BadRow]:
     with path.open("rb") as file:
         if file.read(3).startswith(_BYTE_ORDER_MARKS):
             raise ValueError(f"{path}, line 1: {_BOM_REASON}")
-    previous_limit = csv.field_size_limit(MAX_LINE_BYTES)
+    previous_limit = csv.field_size_limit(_MAX_LINE_BYTES)
     try:
         with path.open(encoding="utf-8", newline="") as file:
             yield from _csv_rows(csv.DictReader(file, strict=True), str(path))

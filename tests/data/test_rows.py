@@ -9,8 +9,8 @@ from mtrain.data.rows import BadRow, Row, read_rows
 GOOD = b'{"query": "q", "response": "r"}\n'
 
 
-def read(path, **arguments):
-    return list(read_rows(path, **arguments))
+def read(path):
+    return list(read_rows(path))
 
 
 @pytest.mark.parametrize(
@@ -27,11 +27,12 @@ def read(path, **arguments):
         (b"[" * 100_000, "longer than 200 bytes"),
     ],
 )
-def test_a_bad_line_of_json_lines_is_found_with_its_number(tmp_path, line, reason):
+def test_a_bad_line_of_json_lines_is_found_with_its_number(tmp_path, monkeypatch, line, reason):
     """T27."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD + b"\n" + line + (b"" if line.endswith(b"\n") else b"\n") + GOOD)
-    first, bad, last = read(path, max_line_bytes=200)
+    monkeypatch.setattr("mtrain.data.rows._MAX_LINE_BYTES", 200)
+    first, bad, last = read(path)
     assert isinstance(first, Row)
     assert isinstance(bad, BadRow)
     assert str(bad).startswith(f"{path}, line 3: ")
