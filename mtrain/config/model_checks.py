@@ -17,7 +17,6 @@ __all__ = [
     "check_model_folder",
     "check_parallel_sizes",
     "check_precision",
-    "check_vocabulary",
     "read_hf_config",
 ]
 
@@ -33,7 +32,7 @@ def check_model_folder(folder: Path, *, model: ModelConfig, parallel: ParallelCo
     hf_config = read_hf_config(folder)
     check_parallel_sizes(hf_config, parallel)
     check_precision(hf_config, model)
-    check_vocabulary(folder, hf_config)
+    _check_vocabulary(folder, hf_config)
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -73,13 +72,10 @@ def check_precision(hf_config: Mapping[str, Any], model: ModelConfig) -> None:
         raise ValueError("float16 does not work with experts: use --torch_dtype bfloat16")
 
 
-def check_vocabulary(folder: Path, hf_config: Mapping[str, Any]) -> None:
-    """Checks that the embedding has a row for every token of the tokenizer.
+def _check_vocabulary(folder: Path, hf_config: Mapping[str, Any]) -> None:
+    """The embedding has a row for every token of the tokenizer.
 
     Only a `tokenizer.json` is looked into; other formats are left to transformers.
-
-    Raises:
-        ValueError: A token id is not below `vocab_size`.
     """
     vocab_size = _count(hf_config.get("text_config", hf_config), "vocab_size")
     path = folder / "tokenizer.json"

@@ -1,8 +1,8 @@
 """Command lines and YAML files become configurations."""
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -206,11 +206,12 @@ def test_help_answers_within_a_second_without_torch() -> None:
         "heavy = {'torch', 'megatron', 'transformers', 'datasets', 'numpy', 'yaml'}; "
         "sys.exit(code or ', '.join(heavy & set(sys.modules)) or 0)"
     )
-    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    seconds = time.monotonic() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert "--tensor_model_parallel_size" in done.stdout
-    assert seconds < 1
+    # Of a processor, because others may use the machine as well.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
