@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import (
 from mtrain.model.attention import PackedAttention, RotarySelfAttention
 from mtrain.model.experts import GroupedExperts
 from mtrain.model.norm import RMSNorm
+from mtrain.model.router import BalancedRouter
 from mtrain.platform.device import has_gpu, has_transformer_engine
 
 
@@ -153,6 +154,8 @@ def layer_spec(config: TransformerConfig, provider: Provider, *, is_moe: bool) -
         num_experts=config.num_moe_experts if is_moe else None,
         moe_grouped_gemm=True,
     )
+    if is_moe:
+        mlp.submodules.router = BalancedRouter
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

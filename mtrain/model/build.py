@@ -59,7 +59,7 @@ def transformer_config(
     fields |= _kernels(model, backend)
     fields |= _recomputation(training)
     if fields.get("num_moe_experts"):
-        fields |= _routing(moe)
+        fields |= _routing(moe, layout)
     fields |= model.megatron_extra_kwargs or {}
     try:
         return TransformerConfig(**fields)
@@ -135,9 +135,18 @@ def _recomputation(training: TrainingConfig) -> dict[str, Any]:
     }
 
 
-def _routing(moe: MoEConfig) -> dict[str, Any]:
+def _routing(moe: MoEConfig, layout: ParallelLayout) -> dict[str, Any]:
     balancing = list(moe.moe_router_load_balancing_type) or ["aux_loss"]
-    coefficients = list(moe.moe_aux_loss_coeff)
+    if len(balancing) != len(moe.moe_aux_loss_coeff):
+        raise ValueError(
+            f"--moe_aux_loss_coeff has {len(moe.moe_aux_loss_coeff)} values for "
+            f"{len(balancing)} balance losses ({', '.join(balancing)}); give one for each"
+        )
+    # Data-parallel ranks each hold a summand of a global loss, but their gradients are averaged.
+    coefficients = [
+        coefficient * (layout.dp_size if kind == "global_aux_loss" else 1)
+        for kind, coefficient in zip(balancing, moe.moe_aux_loss_coeff, strict=True)
+    ]
     return {
         "moe_router_load_balancing_type": balancing[0] if len(balancing) == 1 else balancing,
         "moe_aux_loss_coeff": coefficients[0] if len(balancing) == 1 else coefficients,

@@ -154,16 +154,15 @@ def _forward(
 
 
 def _padding_mask(batch: MicroBatch) -> torch.Tensor | None:
-    """Mask bool [1, seq], True behind the real tokens of a pack, which experts need not balance.
+    """Mask bool [batch, seq], True behind the real tokens, which experts need not balance.
 
-    None for rows, whose lengths are not kept, and for nothing but padding, of which routers would
-    take the mean over no tokens.
+    None without padding, and for rows, whose lengths are not kept.
     """
-    is_padded = 0 < batch.num_tokens < batch.input_ids.numel()
-    if batch.cu_seqlens is None or not is_padded:
+    has_known_end = batch.cu_seqlens is not None or batch.num_tokens == 0
+    if not has_known_end or batch.num_tokens == batch.input_ids.numel():
         return None
     positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
-    return (positions >= batch.num_tokens)[None]
+    return (positions >= batch.num_tokens).expand(batch.input_ids.shape)
 
 
 def _loss(

@@ -181,6 +181,12 @@ def test_what_megatron_refuses_is_an_error_of_ours(settings, reason) -> None:
         config_of(**settings)
 
 
+def test_every_balance_loss_wants_a_coefficient() -> None:
+    losses = MoEConfig(moe_router_load_balancing_type=("aux_loss", "seq_aux_loss"))
+    with pytest.raises(ValueError, match="--moe_aux_loss_coeff has 1 values for 2 balance losses"):
+        config_of("qwen3_moe", moe=losses)
+
+
 def build(state, name):
     """Chunks of a rank: shape, mark and layer numbers of what they hold."""
     hf_config = tiny_config(name)

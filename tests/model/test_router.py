@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtrain.config import MoEConfig
+from mtrain.parallel import ParallelLayout, ParallelState
+from mtrain.training.balance import count_routers, take_balance_sums
+from tests.ranks import run_ranks
+from tests.tiny import make_checkpoint
+from tests.training.rig import documents, make_rig, packed
+
+ONE = ParallelLayout()
+TENSOR = ParallelLayout(world_size=2, tp_size=2)
+DATA = ParallelLayout(world_size=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("router") / "moe", "qwen3_moe")
+
+
+def one_step(
+    state: ParallelState, folder: Path, moe: MoEConfig, num_empty: int
+) -> tuple[float, torch.Tensor]:
+    """Gradient norm of a step on a padded pack and some of pure padding, and mean balance."""
+    rig = make_rig(state, folder, moe=moe)
+    batches = [packed(documents(2), length=24)]
+    batches += [packed([], length=24)] * num_empty
+    take_balance_sums(state.device)
+    grad_norm = rig.step(batches).grad_norm
+    sums = take_balance_sums(state.device)
+    torch.distributed.all_reduce(sums)
+    return grad_norm, sums / count_routers(rig.chunks) / state.layout.world_size
+
+
+# Large enough to rule the gradient.
+LOSSES = {
+    "z_loss": MoEConfig(moe_z_loss_coeff=1.0),
+    "aux_loss": MoEConfig(moe_aux_loss_coeff=(10.0,)),
+    "seq_aux_loss": MoEConfig(
+        moe_router_load_balancing_type=("seq_aux_loss",), moe_aux_loss_coeff=(10.0,)
+    ),
+    "global_aux_loss": MoEConfig(
+        moe_router_load_balancing_type=("global_aux_loss",), moe_aux_loss_coeff=(10.0,)
+    ),
+}
+EACH_LOSS = pytest.mark.parametrize("moe", LOSSES.values(), ids=LOSSES.keys())
+
+
+@pytest.mark.parametrize("layout", [TENSOR, DATA], ids=["tp2", "dp2"])
+@EACH_LOSS
+def test_balance_does_not_depend_on_the_layout(folder, layout, moe):
+    """T40: padding behind a pack, which lies on the last tensor rank; data ranks see the same."""
+    [(expected_norm, expected)] = run_ranks(ONE, one_step, folder, moe, 0)
+    without, _ = run_ranks(ONE, one_step, folder, MoEConfig(), 0)[0]
+    assert expected_norm > 1.1 * without, "the loss is too small to be seen"
+    for grad_norm, balance in run_ranks(layout, one_step, folder, moe, 0):
+        assert grad_norm == pytest.approx(expected_norm, rel=1e-5)
+        torch.testing.assert_close(balance, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [ONE, TENSOR], ids=["1", "tp2"])
+@EACH_LOSS
+def test_pure_padding_is_not_balanced(folder, layout, moe):
+    """T34: the last step of a run is filled up with empty micro-batches.
+
+    The one micro-batch with tokens then has half the weight in the mean over micro-batches.
+    """
+    half = {
+        name: value if value is None or name.endswith("type") else _halved(value)
+        for name, value in (
+            ("moe_router_load_balancing_type", moe.moe_router_load_balancing_type),
+            ("moe_aux_loss_coeff", moe.moe_aux_loss_coeff),
+            ("moe_z_loss_coeff", moe.moe_z_loss_coeff),
+        )
+    }
+    [(expected_norm, expected)] = run_ranks(ONE, one_step, folder, MoEConfig(**half), 0)
+    for grad_norm, balance in run_ranks(layout, one_step, folder, moe, 1):
+        assert grad_norm == pytest.approx(expected_norm, rel=1e-5)
+        torch.testing.assert_close(balance, expected, rtol=1e-5, atol=1e-6)
+
+
+def _halved(value: float | tuple[float, ...]) -> float | tuple[float, ...]:
+    return tuple(part / 2 for part in value) if isinstance(value, tuple) else value / 2
