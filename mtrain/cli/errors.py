@@ -9,7 +9,6 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn
 
 import mtrain
@@ -53,9 +52,7 @@ def error_line(command: str, error: BaseException) -> str:
 
 
 def end_failed_rank(
-    kind: type[BaseException],
     error: BaseException,
-    trace: TracebackType | None,
     *,
     command: str,
     rank: int,
@@ -68,9 +65,7 @@ def end_failed_rank(
     for ranks that wait for this one.
 
     Args:
-        kind: Type of the error; with the next two the arguments of `sys.excepthook`.
         error: The uncaught error.
-        trace: Its traceback.
         command: The command that the rank runs, for the message.
         rank: Global rank.
         failure_folder: A folder that the ranks of this node share, or None.
@@ -82,10 +77,10 @@ def end_failed_rank(
     elif is_foreseen(error):
         code, text = exit_code(error), f"{error_line(command, error)}\n" if is_first else ""
     elif is_first:
-        lines = traceback.format_exception(kind, error, trace)
+        lines = traceback.format_exception(error)
         text = f"megatron {command}: rank {rank} failed:\n{''.join(lines)}"
     else:
-        summary = " ".join(traceback.format_exception_only(kind, error)[-1].split())
+        summary = " ".join(traceback.format_exception_only(error)[-1].split())
         text = f"megatron {command}: rank {rank} stopped as well: {summary[:120]}\n"
     sys.stdout.flush()
     # In one write, so that the reports of two ranks do not mix, and to the descriptor, because

@@ -101,7 +101,7 @@ def _sft_rank(words: list[str], here: Placement) -> int:
     report = functools.partial(
         end_failed_rank, command="sft", rank=here.rank, failure_folder=here.failure_folder
     )
-    sys.excepthook = report
+    sys.excepthook = lambda _kind, error, _trace: report(error)
     try:
         config = _read_sft_config(words, here)
         if here.rank == 0 and not here.is_prepared:
@@ -115,7 +115,7 @@ def _sft_rank(words: list[str], here: Placement) -> int:
         return run(config, here)
     except (KeyboardInterrupt, ValueError, RuntimeError) as error:
         # Not for `main`: a rank that failed must not wait for the others when it ends.
-        report(type(error), error, error.__traceback__)
+        report(error)
 
 
 def _read_sft_config(words: list[str], here: Launch | Placement) -> SftConfig:

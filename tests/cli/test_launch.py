@@ -22,9 +22,10 @@ from mtrain.cli.launch import Launch, launch_ranks, read_environment
 here = read_environment()
 if isinstance(here, Launch):
     sys.exit(launch_ranks(here, [__file__]))
-sys.excepthook = functools.partial(
+report = functools.partial(
     end_failed_rank, command="sft", rank=here.rank, failure_folder=here.failure_folder
 )
+sys.excepthook = lambda kind, error, trace: report(error)
 print(f"rank {here.rank} of {here.world_size} prepared={here.is_prepared}", flush=True)
 """
 

@@ -29,9 +29,6 @@ def test_every_flag_has_one_row() -> None:
     assert len(flags) == len(set(flags))
 
 
-@pytest.mark.skipif(
-    not (PACKAGE / "cli" / "sft.py").is_file(), reason="what reads the settings is not there yet"
-)
 def test_every_flag_is_read_or_refused_or_explained() -> None:
     read = {
         node.attr
