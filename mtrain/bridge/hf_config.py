@@ -20,11 +20,7 @@ def positive_int(hf_config: Mapping[str, Any], key: str, default: int | None = N
     Raises:
         ValueError: It is absent without a default, or is something else.
     """
-    value = hf_config.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise ValueError(f"config.json has no {key!r}")
+    value = _given(hf_config, key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"config.json: {key!r} must be a whole number above zero, got {value!r}")
     return value
@@ -36,14 +32,19 @@ def number(hf_config: Mapping[str, Any], key: str, default: float | None = None)
     Raises:
         ValueError: It is absent without a default, or is something else.
     """
+    value = _given(hf_config, key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"config.json: {key!r} must be a number, got {value!r}")
+    return float(value)
+
+
+def _given(hf_config: Mapping[str, Any], key: str, default: object) -> object:
     value = hf_config.get(key)
     if value is None:
         value = default
     if value is None:
         raise ValueError(f"config.json has no {key!r}")
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"config.json: {key!r} must be a number, got {value!r}")
-    return float(value)
+    return value
 
 
 def boolean(hf_config: Mapping[str, Any], key: str, *, default: bool) -> bool:

@@ -73,6 +73,7 @@ def _precision(dtype: torch.dtype) -> dict[str, Any]:
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
+        # Whatever config.json says: no backend builds dropout.
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "perform_initialization": False,

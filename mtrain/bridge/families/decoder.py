@@ -59,7 +59,6 @@ class Decoder:
     vocab_size: int
     max_position_embeddings: int
     layernorm_epsilon: float
-    attention_dropout: float
     rotary_base: float
     rope_scaling: Llama3Rope | None
     is_tied: bool
@@ -118,7 +117,6 @@ def read_decoder(
         vocab_size=config.positive_int(hf_config, "vocab_size"),
         max_position_embeddings=config.positive_int(hf_config, "max_position_embeddings"),
         layernorm_epsilon=config.number(hf_config, "rms_norm_eps"),
-        attention_dropout=config.number(hf_config, "attention_dropout", 0.0),
         rotary_base=config.rotary_base(hf_config),
         rope_scaling=config.rope_scaling(hf_config),
         is_tied=config.boolean(hf_config, "tie_word_embeddings", default=False),
@@ -330,8 +328,6 @@ def _megatron_config(decoder: Decoder) -> MegatronConfig:
         "add_bias_linear": False,
         "add_qkv_bias": decoder.has_qkv_bias,
         "qk_layernorm": decoder.has_qk_norm,
-        "attention_dropout": decoder.attention_dropout,
-        "hidden_dropout": 0.0,
     }
     if decoder.experts:
         transformer |= _moe_config(decoder.experts, num_layers=decoder.num_layers)
