@@ -35,7 +35,7 @@ _USAGE = """usage: megatron COMMAND [--flag value ...]
 
   sft      fine-tune a Hugging Face checkpoint and save one
   export   convert between Hugging Face and Megatron-Core checkpoints, merge adapters
-  demo     make a tiny model and dataset to try the others on
+  demo     make a tiny random model to try the others on
 
 `megatron COMMAND --help` lists the flags. `megatron --version` prints the version."""
 
