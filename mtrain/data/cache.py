@@ -60,9 +60,20 @@ def _hash_file(path: Path) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a file lock; others wait for it, and it is freed when the process ends in any way."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    """Hold a file lock; others wait for it, and it is freed when the process ends in any way.
+
+    Raises:
+        RuntimeError: The file cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot write prepared data to {path.parent}: {error.strerror}; set HOME to a folder "
+            "that can be written"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,6 +1,8 @@
 import threading
 from pathlib import Path
 
+import pytest
+
 from mtrain.data.cache import content_key, default_cache_dir, locked
 from tests.data.tiny_tokenizer import save_tokenizer
 
@@ -31,6 +33,13 @@ def test_only_one_holds_the_lock(tmp_path):
         order.append("first")
     thread.join(5)
     assert order == ["first", "second"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "home").write_text("a file")
+    with pytest.raises(RuntimeError, match=r"cannot write .*home/prepared.*: Not a directory; set"):
+        with locked(tmp_path / "home" / "prepared" / "x.lock"):
+            pass
 
 
 def test_the_default_place_is_in_the_home_folder():
