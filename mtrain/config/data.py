@@ -30,7 +30,9 @@ class DataConfig:
     )
     cached_dataset: tuple[str, ...] = flag((), "Folders of data tokenised beforehand.")
     cached_val_dataset: tuple[str, ...] = flag((), "Evaluation data tokenised beforehand.")
-    data_seed: int = flag(42, "Seed of the split, of #count samples and of the shuffle of files.")
+    data_seed: int = flag(
+        42, "Seed of the split, of #count samples and of the shuffle of files.", minimum=0
+    )
     dataset_num_proc: int = flag(1, "Processes that tokenise.", minimum=1)
     load_from_cache_file: bool = flag(True, "Reuse data prepared by an earlier run.")
     dataset_shuffle: bool = flag(True, "Shuffle --dataset before splitting it.")

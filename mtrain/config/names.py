@@ -66,6 +66,7 @@ ABSENT = {
     "device_map": "ranks pick their device; set CUDA_VISIBLE_DEVICES to choose GPUs",
     "local_rank": "it is set by the launcher; drop it",
     "local-rank": "it is set by the launcher; drop it",
+    "trust_remote_code": "code of a checkpoint is never run; drop it",
     "lazy_tokenize": "data is prepared before the ranks start and cached; drop it",
     "ckpt_format": "checkpoints are Hugging Face folders; drop it",
     "log_throughput": "throughput is always logged; drop it",

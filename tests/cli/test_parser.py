@@ -115,6 +115,7 @@ def test_a_switch_without_value_is_true() -> None:
         (("--train_type", "lora"), "--train_type is now --tuner_type"),
         (("--save", "x"), "--save is now --output_dir"),
         (("--num_layers", "4"), "--num_layers is read from the model's config.json"),
+        (("--trust_remote_code", "true"), "--trust_remote_code is not a flag of mtrain: code of a"),
         (("--external_plugins", "x"), "--external_plugins is not a flag of mtrain: code of users"),
     ],
 )

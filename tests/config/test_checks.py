@@ -81,6 +81,7 @@ def test_good_combinations_pass(flags: dict[str, object]) -> None:
         ({"dataset": ()}, "--dataset is missing"),
         ({"train_iters": None}, "give --num_train_epochs or --train_iters"),
         ({"micro_batch_size": 0}, "--micro_batch_size 0: must be at least 1"),
+        ({"data_seed": -1}, "--data_seed -1: must be at least 0"),
         ({"save_steps": 0}, "--save_steps 0: must be at least 1"),
         ({"eval_steps": 0}, "--eval_steps 0: must be at least 1"),
         ({"tuner_type": "lora"}, "LoRA comes with a later release"),
