@@ -38,15 +38,6 @@ def number(hf_config: Mapping[str, Any], key: str, default: float | None = None)
     return float(value)
 
 
-def _given(hf_config: Mapping[str, Any], key: str, default: object) -> object:
-    value = hf_config.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise ValueError(f"config.json has no {key!r}")
-    return value
-
-
 def boolean(hf_config: Mapping[str, Any], key: str, *, default: bool) -> bool:
     """True or false; `default` where the key is absent or null.
 
@@ -146,3 +137,12 @@ def _rope_parameters(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
         if parameters:
             return parameters
     return {}
+
+
+def _given(hf_config: Mapping[str, Any], key: str, default: object) -> object:
+    value = hf_config.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise ValueError(f"config.json has no {key!r}")
+    return value
