@@ -11,6 +11,7 @@ from mtrain.config.checkpoint import parse_byte_size
 from mtrain.config.data import DataConfig, TemplateConfig
 from mtrain.config.fields import check_values
 from mtrain.config.later import refuse_later_features
+from mtrain.config.moe import MoEConfig
 from mtrain.config.optimizer import OptimizerConfig
 from mtrain.config.parallel import ParallelConfig
 from mtrain.config.run import ExportConfig, SftConfig
@@ -43,6 +44,7 @@ def check_sft(config: SftConfig, *, world_size: int) -> None:
     if config.optimizer.optimizer == "sgd" and config.parallel.use_distributed_optimizer:
         raise ValueError("--optimizer sgd needs --use_distributed_optimizer false")
     _check_batches(config.training, config.parallel, world_size=world_size)
+    _check_moe(config.moe, config.parallel, packing=config.data.packing)
 
 
 def check_export(config: ExportConfig) -> None:
@@ -127,6 +129,28 @@ def _check_batches(training: TrainingConfig, parallel: ParallelConfig, *, world_
         raise ValueError(
             f"virtual pipeline stages need micro-batches in groups of {group}, a step has "
             f"{num_microbatches}: raise --global_batch_size to a multiple of {rows * group}"
+        )
+
+
+def _check_moe(moe: MoEConfig, parallel: ParallelConfig, *, packing: bool) -> None:
+    losses, coefficients = moe.moe_router_load_balancing_type, moe.moe_aux_loss_coeff
+    if len(coefficients) != max(1, len(losses)):
+        raise ValueError(
+            f"--moe_aux_loss_coeff has {len(coefficients)} values for {max(1, len(losses))} losses "
+            "of --moe_router_load_balancing_type: give one each"
+        )
+    if parallel.expert_model_parallel_size == 1 or packing:
+        return
+    # These exchange blocks of one size, but without packing the ranks' micro-batches differ.
+    if moe.moe_token_dispatcher_type == "allgather":
+        raise ValueError(
+            "--moe_token_dispatcher_type allgather with --expert_model_parallel_size above 1 needs "
+            "--packing true; or use alltoall"
+        )
+    if moe.moe_pad_expert_input_to_capacity:
+        raise ValueError(
+            "--moe_pad_expert_input_to_capacity true with --expert_model_parallel_size above 1 "
+            "needs --packing true"
         )
 
 

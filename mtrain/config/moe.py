@@ -21,7 +21,7 @@ class MoEConfig:
         choices=("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
     )
     moe_aux_loss_coeff: tuple[float, ...] = flag(
-        (0.0,), "Weight of each balance loss; 0: measured, not trained on.", minimum=0
+        (0.0,), "Weight of each balance loss; 0: none.", minimum=0
     )
     moe_z_loss_coeff: float | None = flag(None, "Weight of the router's z-loss.", minimum=0)
     moe_router_dtype: str = flag("fp32", "Precision of routing.", choices=("none", "fp32", "fp64"))

@@ -61,6 +61,8 @@ def transformer_config(
     if fields.get("num_moe_experts"):
         fields |= _routing(moe, layout)
     fields |= model.megatron_extra_kwargs or {}
+    if fields["hidden_dropout"] or fields["attention_dropout"]:
+        raise ValueError("--megatron_extra_kwargs: dropout is not built; leave it out")
     try:
         return TransformerConfig(**fields)
     except (AssertionError, TypeError, ValueError) as error:

@@ -112,6 +112,26 @@ def test_good_combinations_pass(flags: dict[str, object]) -> None:
             "--end_weight_decay 0.0 must not be below --start_weight_decay 0.1",
         ),
         ({"optimizer": "sgd"}, "--optimizer sgd needs --use_distributed_optimizer false"),
+        (
+            {"moe_aux_loss_coeff": (0.1, 0.2)},
+            "--moe_aux_loss_coeff has 2 values for 1 losses of --moe_router_load_balancing_type",
+        ),
+        (
+            {
+                "world_size": 2,
+                "expert_model_parallel_size": 2,
+                "moe_token_dispatcher_type": "allgather",
+            },
+            "--moe_token_dispatcher_type allgather with --expert_model_parallel_size above 1",
+        ),
+        (
+            {
+                "world_size": 2,
+                "expert_model_parallel_size": 2,
+                "moe_pad_expert_input_to_capacity": True,
+            },
+            "--moe_pad_expert_input_to_capacity true with --expert_model_parallel_size above 1",
+        ),
         ({"optimizer": "muon"}, "--optimizer muon: it comes with a later release"),
         ({"global_batch_size": 3, "micro_batch_size": 2}, "--global_batch_size 3 cannot be"),
         (

@@ -187,6 +187,11 @@ def test_every_balance_loss_wants_a_coefficient() -> None:
         config_of("qwen3_moe", moe=losses)
 
 
+def test_dropout_is_refused() -> None:
+    with pytest.raises(ValueError, match="dropout is not built"):
+        config_of(model=ModelConfig(megatron_extra_kwargs={"attention_dropout": 0.1}))
+
+
 def build(state, name):
     """Chunks of a rank: shape, mark and layer numbers of what they hold."""
     hf_config = tiny_config(name)

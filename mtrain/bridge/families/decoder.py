@@ -94,6 +94,7 @@ def read_decoder(
         ValueError: A field is missing or asks for something that is not built.
     """
     config.refuse(hf_config, "quantization_config", "use the checkpoint that is not quantised")
+    config.refuse(hf_config, "attention_dropout", "set it to 0 in a copy of the checkpoint")
     activation = hf_config.get("hidden_act", "silu")
     if activation != "silu":
         raise ValueError(f"config.json: 'hidden_act' {activation!r} is not built; supported: silu")

@@ -78,6 +78,7 @@ REFUSED = [
     ("llama", {"mlp_bias": True}, "'mlp_bias' is True"),
     ("llama", {"num_key_value_heads": 3}, "4 attention heads cannot share 3"),
     ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not built"),
+    ("llama", {"attention_dropout": 0.1}, "'attention_dropout' is 0.1, which is not built"),
     ("llama", {"quantization_config": {"quant_method": "fp8"}}, "'quantization_config'"),
     ("llama", {"hidden_size": None}, "no 'hidden_size'"),
     ("llama", {"rms_norm_eps": None}, "no 'rms_norm_eps'"),
