@@ -1,8 +1,12 @@
-"""A pool of gloo ranks for tests: real processes, started once, one thread each.
+"""Gloo ranks for tests: real processes, one thread each, forked from one that imported it all.
 
 `run_ranks(layout, function, *args)` runs `function(state, *args)` on every rank of a layout and
 returns the results in rank order. The function must live at the top level of a module. When ranks
 fail, the first real traceback is raised, not those of the ranks that lost their peer.
+
+Every job has fresh ranks, which a fork makes cheap: Megatron-Core's data-parallel wrapper is in a
+cycle with autograd hooks and never goes away, nor do its process groups, each with a thread that
+wakes a hundred times a second. Ranks that served many tests slowed down all others.
 """
 
 import contextlib
@@ -29,105 +33,89 @@ class _Failure:
     text: str
 
 
-@dataclass(slots=True)
-class _Worker:
+@dataclass(frozen=True, slots=True)
+class _Rank:
     process: Any
     connection: Connection
 
 
-class RankPool:
-    """Processes that wait for work; as many as the largest layout asked for so far."""
-
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOAD)
-        self._workers: list[_Worker] = []
-
-    def run(self, layout: ParallelLayout, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Runs `function(state, *args)` on every rank; results in rank order.
-
-        Raises:
-            AssertionError: A rank failed or did not answer within 60 s.
-        """
-        while len(self._workers) < layout.world_size:
-            self._workers.append(self._start())
-        workers = self._workers[: layout.world_size]
-        with tempfile.TemporaryDirectory() as folder:
-            store = Path(folder, "store")
-            for rank, worker in enumerate(workers):
-                worker.connection.send((layout, rank, store, function, args))
-            answers = self._collect(workers)
-        failures = [answer for answer in answers if isinstance(answer, _Failure)]
-        if failures:
-            self.close()
-            raise AssertionError(min(failures, key=lambda failure: failure.time).text)
-        return answers
-
-    def close(self) -> None:
-        """Ends the processes."""
-        for worker in self._workers:
-            worker.process.kill()
-            worker.process.join()
-        self._workers.clear()
-
-    def _start(self) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-        process.start()
-        return _Worker(process, ours)
-
-    def _collect(self, workers: list[_Worker]) -> list[Any]:
-        answers: list[Any] = [None] * len(workers)
-        waiting = {worker.connection: rank for rank, worker in enumerate(workers)}
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        while waiting:
-            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                text = f"ranks {sorted(waiting.values())} did not answer in {TIMEOUT_SECONDS} s"
-                for rank in waiting.values():
-                    answers[rank] = _Failure(time.time(), text)
-                break
-            for connection in ready:
-                rank = waiting.pop(connection)
-                try:
-                    answers[rank] = connection.recv()
-                except EOFError:
-                    answers[rank] = _Failure(time.time(), f"rank {rank} died without a traceback")
-            if any(isinstance(answer, _Failure) for answer in answers):
-                # The others wait in a collective for the rank that failed; give them no time.
-                deadline = min(deadline, time.monotonic() + 2)
-        return answers
-
-
-_POOL = RankPool()
+_FORK_SERVER = multiprocessing.get_context("forkserver")
+_FORK_SERVER.set_forkserver_preload(_PRELOAD)
 
 
 def run_ranks(layout: ParallelLayout, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Runs `function(state, *args)` on every rank of the layout in the shared pool."""
-    return _POOL.run(layout, function, *args)
+    """Runs `function(state, *args)` on every rank of a layout; results in rank order.
+
+    Raises:
+        AssertionError: A rank failed or did not answer within 60 s.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder, "store")
+        ranks = [_start(layout, rank, store, function, args) for rank in range(layout.world_size)]
+        try:
+            answers = _collect(ranks)
+        finally:
+            for rank in ranks:
+                rank.process.kill()
+                rank.process.join()
+    failures = [answer for answer in answers if isinstance(answer, _Failure)]
+    if failures:
+        raise AssertionError(min(failures, key=lambda failure: failure.time).text)
+    return answers
 
 
-def close_pool() -> None:
-    """Ends the shared pool; conftest calls it after the last test."""
-    _POOL.close()
+def _start(layout: ParallelLayout, rank: int, *job: Any) -> _Rank:
+    ours, theirs = _FORK_SERVER.Pipe()
+    process = _FORK_SERVER.Process(target=_serve, args=(theirs, layout, rank, *job), daemon=True)
+    process.start()
+    theirs.close()
+    return _Rank(process, ours)
 
 
-def _serve(connection: Connection) -> None:
+def _collect(ranks: list[_Rank]) -> list[Any]:
+    answers: list[Any] = [None] * len(ranks)
+    waiting = {rank.connection: index for index, rank in enumerate(ranks)}
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            text = f"ranks {sorted(waiting.values())} did not answer in {TIMEOUT_SECONDS} s"
+            for index in waiting.values():
+                answers[index] = _Failure(time.time(), text)
+            break
+        for connection in ready:
+            index = waiting.pop(connection)
+            try:
+                answers[index] = connection.recv()
+            except EOFError:
+                answers[index] = _Failure(time.time(), f"rank {index} died without a traceback")
+        if any(isinstance(answer, _Failure) for answer in answers):
+            # The others wait in a collective for the rank that failed; give them no time.
+            deadline = min(deadline, time.monotonic() + 2)
+    return answers
+
+
+def _serve(
+    connection: Connection,
+    layout: ParallelLayout,
+    rank: int,
+    store: Path,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
     import torch
 
     from mtrain.parallel import destroy_parallel, initialize_parallel
 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    while True:
-        layout, rank, store, function, args = connection.recv()
-        try:
-            state = initialize_parallel(
-                layout, rank=rank, store_file=store, timeout_seconds=TIMEOUT_SECONDS
-            )
-            result = function(state, *args)
-            destroy_parallel()
-        except BaseException:
-            result = _Failure(time.time(), f"rank {rank} of {layout}:\n{traceback.format_exc()}")
-        with contextlib.suppress(BrokenPipeError):
-            connection.send(result)
+    try:
+        state = initialize_parallel(
+            layout, rank=rank, store_file=store, timeout_seconds=TIMEOUT_SECONDS
+        )
+        result = function(state, *args)
+        destroy_parallel()
+    except BaseException:
+        result = _Failure(time.time(), f"rank {rank} of {layout}:\n{traceback.format_exc()}")
+    with contextlib.suppress(BrokenPipeError):
+        connection.send(result)
