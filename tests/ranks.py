@@ -117,5 +117,7 @@ def _serve(
         destroy_parallel()
     except BaseException:
         result = _Failure(time.time(), f"rank {rank} of {layout}:\n{traceback.format_exc()}")
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(BrokenPipeError, EOFError):
         connection.send(result)
+        # Tensors are fetched out of this process, so it stays until it is ended.
+        connection.recv()
