@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "model": {"config", "platform", "parallel", "bridge"},
     "data": {"config"},
     "training": {"config", "platform", "parallel", "model"},
-    "checkpoint": {"config", "parallel", "bridge"},
+    "lora": {"config", "parallel", "bridge"},
+    "checkpoint": {"config", "parallel", "bridge", "lora"},
     "cli": {
         "config",
         "platform",
@@ -30,6 +31,7 @@ MAY_IMPORT = {
         "bridge",
         "model",
         "data",
+        "lora",
         "training",
         "checkpoint",
     },

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from mtrain.bridge.plan import weight_table
-from mtrain.bridge.save import save_weights
+from mtrain.bridge.save import lookup_in, save_weights
+from mtrain.bridge.slices import tensors_by_name
 from mtrain.config import MoEConfig, OptimizerConfig, ParallelConfig
 from mtrain.data.loader import PackedBatch
 from mtrain.parallel import ParallelLayout
@@ -101,7 +102,7 @@ def train_three_steps(state, folder: Path, lengths, output: Path, parallel: Para
         grad_norms.append(result.grad_norm)
     gather_parameters(chunks)
     save_weights(
-        [unwrap(chunk) for chunk in chunks],
+        lookup_in(tensors_by_name([unwrap(chunk) for chunk in chunks])),
         output,
         table=weight_table(read_config(folder)),
         state=state,

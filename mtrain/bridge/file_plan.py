@@ -13,11 +13,13 @@ from typing import Literal
 
 from mtrain.bridge.plan import Shape, TensorHome, locate_tensors
 from mtrain.bridge.rules import WeightTable
-from mtrain.bridge.safetensors_folder import SINGLE_FILE
 from mtrain.bridge.safetensors_header import tensor_bytes
 from mtrain.parallel import ParallelLayout
 
 Group = Literal["tp", "etp"]
+
+# `model.safetensors`, or `model-00001-of-00002.safetensors` and so on.
+WEIGHTS_STEM = "model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,12 @@ class WeightFile:
 
 
 def plan_files(
-    table: WeightTable, *, layout: ParallelLayout, dtype: str, max_shard_size: int
+    table: WeightTable,
+    *,
+    layout: ParallelLayout,
+    dtype: str,
+    max_shard_size: int,
+    stem: str = WEIGHTS_STEM,
 ) -> tuple[WeightFile, ...]:
     """Plans all files of a checkpoint.
 
@@ -54,6 +61,7 @@ def plan_files(
         layout: Parallel sizes.
         dtype: Dtype of the tensors in the words of the format, e.g. "BF16".
         max_shard_size: Most bytes of tensors in a file; a larger tensor has a file for itself.
+        stem: How the names of the files begin.
 
     Raises:
         ValueError: The model cannot be split that way.
@@ -78,7 +86,7 @@ def plan_files(
                     writer=writer,
                 )
             )
-    return tuple(_named(files))
+    return tuple(_named(files, stem=stem))
 
 
 _Owner = tuple[int, int | None]
@@ -126,9 +134,9 @@ def _cut(
     yield tuple(tensors), total
 
 
-def _named(files: list[WeightFile]) -> Iterator[WeightFile]:
+def _named(files: list[WeightFile], *, stem: str) -> Iterator[WeightFile]:
     for number, file in enumerate(files, start=1):
-        name = SINGLE_FILE
+        name = f"{stem}.safetensors"
         if len(files) > 1:
-            name = f"model-{number:05}-of-{len(files):05}.safetensors"
+            name = f"{stem}-{number:05}-of-{len(files):05}.safetensors"
         yield replace(file, name=name)

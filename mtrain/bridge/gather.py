@@ -36,7 +36,8 @@ class Block:
 
 
 Bucket = tuple[Block, ...]
-TensorLookup = Callable[[int, str], torch.Tensor]
+# (chunk, name, expert) -> tensor of that parameter, or of one of the experts that it stacks.
+TensorLookup = Callable[[int, str, int | None], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ class BlockGatherer:
         plans: Plan of every member, in the order of the group.
         me: Index of this rank in the group.
         group: The process group; it may be None when there is one member.
-        lookup: Gives the local tensor of a parameter: (chunk, name) -> tensor.
+        lookup: Gives the local tensor of a parameter, or of one of its experts.
         dtype: Dtype of the tensors.
         device: Where they are.
     """
@@ -153,9 +154,9 @@ class BlockGatherer:
         targets = _split(packed, [box_shape(part.piece.hf) for part in parts])
         for part, target in zip(parts, targets, strict=True):
             parameter = part.parameter
-            tensor = self._lookup(parameter.chunk, parameter.name)
+            tensor = self._lookup(parameter.chunk, parameter.name, part.piece.expert)
             assert tensor.dtype == self._dtype, f"{parameter.name} is {tensor.dtype}"
-            source = view_box(tensor, part.piece.local, expert=part.piece.expert)
+            source = view_box(tensor, part.piece.local)
             target.view(source.shape).copy_(source)
         return packed
 

@@ -6,16 +6,16 @@ talks to nobody.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
 
 from mtrain.bridge.ledger import check_checkpoint, check_model
-from mtrain.bridge.plan import Backend, ParameterPlan, plan_rank
+from mtrain.bridge.plan import Backend, ParameterPlan, Plan, plan_rank
 from mtrain.bridge.rules import IgnoredKey, WeightTable
 from mtrain.bridge.safetensors_folder import Checkpoint
 from mtrain.bridge.slices import read_box, tensors_by_name, view_box
@@ -52,16 +52,40 @@ def load_weights(
     """
     ignored = check_checkpoint(table, checkpoint)
     plan = plan_rank(table, layout=layout, rank=rank, backend=backend)
-    parameters = tensors_by_name(chunks)
-    check_model(plan, [{name: tuple(t.shape) for name, t in named.items()} for named in parameters])
-    with _Files(checkpoint) as files, torch.no_grad():
+    with CheckpointReader(checkpoint) as files, torch.no_grad():
         _check_copies(files, ignored)
-        for parameter in plan:
-            _fill(parameters[parameter.chunk][parameter.name], parameter, files)
+        fill_tensors(tensors_by_name(chunks), files, plan)
     return {name: entry.reason for name, entry in ignored.items()}
 
 
-class _Files:
+class TensorSource(Protocol):
+    """Where Hugging Face tensors come from: files, or values that are computed."""
+
+    def slices(self, name: str) -> Any:
+        """A tensor, or something that gives parts of it when it is indexed with slices."""
+        ...
+
+
+@torch.no_grad()
+def fill_tensors(
+    tensors: Sequence[Mapping[str, torch.Tensor]], source: TensorSource, plan: Plan
+) -> None:
+    """Fills the tensors of each model chunk, all that are given and no others.
+
+    Args:
+        tensors: Tensors of each chunk by Megatron name.
+        source: Gives the Hugging Face tensors that the plan names.
+        plan: Plan of this rank.
+
+    Raises:
+        ValueError: A tensor is not in the plan, or one of the plan is missing or has another shape.
+    """
+    check_model(plan, [{name: tuple(t.shape) for name, t in named.items()} for named in tensors])
+    for parameter in plan:
+        _fill(tensors[parameter.chunk][parameter.name], parameter, source)
+
+
+class CheckpointReader:
     """The files of a checkpoint, each opened when it is first needed."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -69,7 +93,7 @@ class _Files:
         self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
 
-    def __enter__(self) -> _Files:
+    def __enter__(self) -> CheckpointReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -83,15 +107,15 @@ class _Files:
         return self._open[path].get_slice(name)
 
 
-def _fill(parameter: torch.Tensor, plan: ParameterPlan, files: _Files) -> None:
+def _fill(parameter: torch.Tensor, plan: ParameterPlan, source: TensorSource) -> None:
     if plan.num_padding:
         parameter.zero_()
     for piece in plan.pieces:
-        source = read_box(files.slices(piece.hf_name), piece.hf)
-        view_box(parameter, piece.local, expert=piece.expert).copy_(source)
+        values = read_box(source.slices(piece.hf_name), piece.hf)
+        view_box(parameter, piece.local, expert=piece.expert).copy_(values)
 
 
-def _check_copies(files: _Files, ignored: dict[str, IgnoredKey]) -> None:
+def _check_copies(files: CheckpointReader, ignored: dict[str, IgnoredKey]) -> None:
     """Refuses an ignored tensor that is said to be a copy of another one but is not."""
     for name, entry in ignored.items():
         if entry.copy_of is None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from mtrain.bridge.families import find_family
 from mtrain.bridge.rules import Rule, WeightTable, divided
-from mtrain.bridge.spans import Box, Piece, Span, box_size, whole
+from mtrain.bridge.spans import Box, Piece, box_size, whole
 from mtrain.bridge.stages import chunk_layers
 from mtrain.parallel import Coordinates, ParallelLayout
 
@@ -181,31 +181,47 @@ def _make_shard(rule: Rule, *, layout: ParallelLayout, at: Coordinates) -> _Shar
         {"tp": layout.tp_size, "etp": layout.etp_size},
         {"tp": at.tp_rank, "etp": at.etp_rank},
     )
-    num_shards, index = sizes[group], ranks[group]
     try:
-        num_rows, rows = rule.layout.shard(
-            tuple(tensor.shape[0] for tensor in rule.hf),
-            num_shards=num_shards if rule.split == "rows" else 1,
-            index=index if rule.split == "rows" else 0,
-        )
-        hf_rest = local_rest = whole(rule.hf[0].shape[1:])
-        if rule.split == "columns":
-            size = divided(rule.hf[0].shape[1], num_shards)
-            hf_rest = (Span(index * size, size), *hf_rest[1:])
-            local_rest = (Span(0, size), *local_rest[1:])
+        shape, copies = _split(rule, num_shards=sizes[group], index=ranks[group])
         experts = _local_experts(rule, ep_size=layout.ep_size, ep_rank=at.ep_rank)
     except ValueError as error:
         raise ValueError(f"{rule.megatron}: {error} (layout: {layout})") from error
-    shape = (num_rows, *(span.size for span in local_rest))
     return _Shard(
         rule=rule,
         shape=shape if experts is None else (len(experts), *shape),
-        copies=tuple(
-            (part.source, (part.hf, *hf_rest), (part.local, *local_rest)) for part in rows
-        ),
+        copies=copies,
         experts=experts,
         split_over=group if rule.split else None,
     )
+
+
+def _split(
+    rule: Rule, *, num_shards: int, index: int
+) -> tuple[Shape, tuple[tuple[int, Box, Box], ...]]:
+    """Shape of one shard of a rule's parameter, and (source, there, here) of its copies.
+
+    Sources may differ in width: narrower ones leave padding on the right.
+    """
+    axis = 1 if rule.split == "columns" else 0
+    assert axis == 0 or len(rule.hf) == 1, f"{rule.megatron}: columns of several sources"
+    size, parts = rule.layout.shard(
+        tuple(tensor.shape[axis] for tensor in rule.hf),
+        num_shards=num_shards if rule.split else 1,
+        index=index if rule.split else 0,
+    )
+    widths = zip(*(tensor.shape[1:] for tensor in rule.hf), strict=True)
+    shape = (size, *map(max, widths)) if axis == 0 else (rule.hf[0].shape[0], size)
+    copies = []
+    for part in parts:
+        others = whole(rule.hf[part.source].shape)
+        copies.append(
+            (
+                part.source,
+                (*others[:axis], part.hf, *others[axis + 1 :]),
+                (*others[:axis], part.local, *others[axis + 1 :]),
+            )
+        )
+    return shape, tuple(copies)
 
 
 def _local_experts(rule: Rule, *, ep_size: int, ep_rank: int) -> range | None:

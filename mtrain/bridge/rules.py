@@ -9,7 +9,7 @@ A new layout is a frozen dataclass with the one method of `Layout`; nothing else
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from mtrain.bridge.spans import Span, clip
@@ -124,6 +124,55 @@ class Padded:
         return size, (Rows(0, Span(index * size, num_real), Span(0, num_real)),)
 
 
+@dataclass(frozen=True, slots=True)
+class Spaced:
+    """Every source begins a fixed number of rows after the one before; the gaps are padding.
+
+    The A factors of a fused linear: one after the other, padded to the largest rank. Not split.
+    """
+
+    size: int
+
+    def shard(
+        self, num_rows: tuple[int, ...], *, num_shards: int, index: int
+    ) -> tuple[int, tuple[Rows, ...]]:
+        """See `Layout.shard`."""
+        assert num_shards == 1, "A factors are not split along their rows"
+        rows = tuple(
+            Rows(source, Span(0, total), Span(source * self.size, total))
+            for source, total in enumerate(num_rows)
+        )
+        return len(num_rows) * self.size, rows
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """Rows of some of the sources of another layout, where they lie there; the rest is padding.
+
+    Attributes:
+        layout: The other layout.
+        num_rows: Rows of all its sources.
+        sources: Which of them are there.
+    """
+
+    layout: Layout
+    num_rows: tuple[int, ...]
+    sources: tuple[int, ...]
+
+    def shard(
+        self, num_rows: tuple[int, ...], *, num_shards: int, index: int
+    ) -> tuple[int, tuple[Rows, ...]]:
+        """See `Layout.shard`."""
+        assert num_rows == tuple(self.num_rows[source] for source in self.sources)
+        size, rows = self.layout.shard(self.num_rows, num_shards=num_shards, index=index)
+        selected = tuple(
+            replace(part, source=self.sources.index(part.source))
+            for part in rows
+            if part.source in self.sources
+        )
+        return size, selected
+
+
 def divided(number: int, parts: int) -> int:
     """Divides exactly.
 
@@ -143,7 +192,7 @@ class Rule:
         megatron: Name in a model of Transformer Engine layers, with `{layer}` open.
         plain: Name where it differs in a model of plain layers (norms that are not fused).
         hf: The source tensors, in the order that the layout expects.
-        layout: Order of their rows in a shard.
+        layout: Order of their rows in a shard; of the columns of the one source if those are split.
         split: Axis that tensor parallelism splits; None where every rank holds all of it. Experts
             are split over the expert tensor parallel group, all else over the tensor parallel one.
         place: Pipeline stages that hold it.

@@ -8,55 +8,39 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
-from mtrain.bridge.file_plan import WeightFile, plan_files
-from mtrain.bridge.gather import BlockGatherer, Bucket, make_buckets
-from mtrain.bridge.plan import Backend, plan_rank
+from mtrain.bridge.file_plan import WEIGHTS_STEM, WeightFile, plan_files
+from mtrain.bridge.gather import BlockGatherer, Bucket, TensorLookup, make_buckets
+from mtrain.bridge.plan import Backend, Plan, plan_rank
 from mtrain.bridge.rules import WeightTable
-from mtrain.bridge.safetensors_folder import INDEX_FILE
 from mtrain.bridge.safetensors_writer import SafetensorsWriter
-from mtrain.bridge.slices import tensors_by_name
 from mtrain.parallel import ParallelState
 
 BUCKET_BYTES = 128 * 2**20
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def save_weights(
-    chunks: Sequence[torch.nn.Module],
-    folder: Path,
-    *,
-    table: WeightTable,
-    state: ParallelState,
-    backend: Backend,
-    dtype: torch.dtype,
-    max_shard_size: int,
-    bucket_bytes: int = BUCKET_BYTES,
-) -> tuple[str, ...]:
-    """Writes the weights of the bare model chunks of all ranks; see `save_tensors`.
+def lookup_in(tensors: Sequence[Mapping[str, torch.Tensor]]) -> TensorLookup:
+    """Finds weights to save among the tensors of each model chunk, by Megatron name.
 
-    The chunks are only read.
+    Experts are stacked on the leading axis there.
     """
-    return save_tensors(
-        tensors_by_name(chunks),
-        folder,
-        table=table,
-        state=state,
-        backend=backend,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        bucket_bytes=bucket_bytes,
-    )
+
+    def lookup(chunk: int, name: str, expert: int | None) -> torch.Tensor:
+        tensor = tensors[chunk][name]
+        return tensor if expert is None else tensor[expert]
+
+    return lookup
 
 
-def save_tensors(
-    tensors: Sequence[Mapping[str, torch.Tensor]],
+def save_weights(
+    lookup: TensorLookup,
     folder: Path,
     *,
     table: WeightTable,
@@ -65,15 +49,16 @@ def save_tensors(
     dtype: torch.dtype,
     max_shard_size: int,
     bucket_bytes: int = BUCKET_BYTES,
+    stem: str = WEIGHTS_STEM,
 ) -> tuple[str, ...]:
-    """Writes tensors that are laid out like the weights of the model.
+    """Writes the weights of the model chunks of all ranks.
 
     All ranks call it. When it returns, the files of this rank are on disk, those of other ranks
     perhaps not yet.
 
     Args:
-        tensors: For each model chunk, its tensors by Megatron name. They are looked up when they
-            are needed, so they may be computed then; names that no rule knows are never asked for.
+        lookup: Finds a weight of this rank, or computes it, when it is needed; see `lookup_in`.
+            Only asked for what the table has.
         folder: An existing folder without weight files.
         table: Weights of the model.
         state: This rank in the layout.
@@ -81,6 +66,7 @@ def save_tensors(
         dtype: Dtype of all the tensors.
         max_shard_size: Most bytes of tensors in a file.
         bucket_bytes: Most bytes moved at once, if a row is not larger; memory stays below 4 times.
+        stem: How the names of the files begin.
 
     Returns:
         Names of all files of the checkpoint, the index among them; the same on every rank.
@@ -89,8 +75,41 @@ def save_tensors(
         OSError: This rank could not write a file. The others do not hear of it from here.
     """
     files = plan_files(
-        table, layout=state.layout, dtype=_DTYPE_NAMES[dtype], max_shard_size=max_shard_size
+        table,
+        layout=state.layout,
+        dtype=_DTYPE_NAMES[dtype],
+        max_shard_size=max_shard_size,
+        stem=stem,
     )
+    _write_groups(
+        files,
+        folder,
+        lookup,
+        plan_member=lambda rank: plan_rank(table, layout=state.layout, rank=rank, backend=backend),
+        state=state,
+        dtype=dtype,
+        max_bytes=bucket_bytes,
+    )
+    names = tuple(file.name for file in files)
+    if len(files) == 1:
+        return names
+    index = folder / f"{stem}.safetensors.index.json"
+    if state.is_first_rank:
+        _write_index(index, files)
+    return (*names, index.name)
+
+
+def _write_groups(
+    files: Sequence[WeightFile],
+    folder: Path,
+    lookup: TensorLookup,
+    *,
+    plan_member: Callable[[int], Plan],
+    state: ParallelState,
+    dtype: torch.dtype,
+    max_bytes: int,
+) -> None:
+    """Writes the files of this rank, kind of group by kind of group."""
     error: OSError | None = None
     # Every rank is in one group of each kind. Going through all files of one kind first keeps the
     # order of collectives the same for everybody.
@@ -100,30 +119,19 @@ def save_tensors(
             continue
         members = mine[0].members
         gatherer = BlockGatherer(
-            [plan_rank(table, layout=state.layout, rank=r, backend=backend) for r in members],
+            [plan_member(rank) for rank in members],
             me=members.index(state.rank),
             group=group,
-            lookup=lambda chunk, name: tensors[chunk][name],
+            lookup=lookup,
             dtype=dtype,
             device=state.device,
         )
         try:
-            _write_files(mine, folder, gatherer, state.rank, dtype=dtype, max_bytes=bucket_bytes)
+            _write_files(mine, folder, gatherer, state.rank, dtype=dtype, max_bytes=max_bytes)
         except OSError as problem:
             error = error or problem
     if error is not None:
         raise error
-    return _finish(folder, files, is_first_rank=state.is_first_rank)
-
-
-def _finish(folder: Path, files: Sequence[WeightFile], *, is_first_rank: bool) -> tuple[str, ...]:
-    """Writes the index where there are several files; names of all files."""
-    names = tuple(file.name for file in files)
-    if len(files) == 1:
-        return names
-    if is_first_rank:
-        _write_index(folder / INDEX_FILE, files)
-    return (*names, INDEX_FILE)
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from mtrain.bridge.plan import Backend, hf_tensors, weight_table
-from mtrain.bridge.save import save_weights
+from mtrain.bridge.save import lookup_in, save_weights
+from mtrain.bridge.slices import tensors_by_name
 from mtrain.checkpoint.folder import Retention, publish_checkpoint
 from mtrain.parallel import ParallelState
 
@@ -90,7 +91,7 @@ def save_checkpoint(
 
     def write(folder: Path) -> list[Path]:
         save_weights(
-            chunks,
+            lookup_in(tensors_by_name(chunks)),
             folder,
             table=table,
             state=state,

@@ -9,6 +9,7 @@ from mtrain.bridge.gather import BlockGatherer, make_buckets
 from mtrain.bridge.load import load_weights
 from mtrain.bridge.plan import plan_rank, weight_table
 from mtrain.bridge.safetensors_folder import open_checkpoint
+from mtrain.bridge.save import lookup_in
 from mtrain.bridge.slices import tensors_by_name
 from mtrain.parallel import ParallelLayout
 from tests.bridge.standin import make_chunks, random_tensors, write_checkpoint
@@ -52,7 +53,7 @@ def test_blocks_of_any_size_put_the_tensors_together_again(tmp_path, max_element
         [plan],
         me=0,
         group=None,
-        lookup=lambda chunk, name: tensors[name].detach(),
+        lookup=lookup_in([{name: tensor.detach() for name, tensor in tensors.items()}]),
         dtype=torch.float32,
         device=torch.device("cpu"),
     )

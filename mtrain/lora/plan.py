@@ -1,0 +1,157 @@
+"""Which projections have an adapter, and where its factors lie: the weight table of an adapter.
+
+An adapter of a projection is `scale * B @ A`, A `[rank, in]` and B `[out, rank]`. A Megatron linear
+that fuses several projections has one pair of parameters for all of them:
+
+- `lora_a` `[num_adapted * rank, in]`: the A of its projections one after the other.
+- `lora_b` `[out, rank]`: its rows are those of the linear's own weight, each row of the B of the
+  projection that it belongs to. Rows of a projection without adapter stay zero.
+
+The one thing to know: rows of `lora_b` are cut and ordered like the rows of the weight, and columns
+of `lora_a` like its columns, so one layout serves both, and adapters are loaded and saved by the
+bridge with rules made here. Where ranks differ inside a linear, both are padded with zeros to the
+largest; a zero column of B meets a zero row of A, so they stay zero in training.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from mtrain.bridge.rules import (
+    Concatenated,
+    HFTensor,
+    Rule,
+    Selected,
+    Spaced,
+    WeightTable,
+)
+
+# Where PEFT puts the model below its own wrappers.
+PEFT_PREFIX = "base_model.model."
+ADAPTER_CHILD = "adapter"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """The adapter of one projection.
+
+    Attributes:
+        rank: Rows of A and columns of B.
+        alpha: Numerator of the scale.
+        use_rslora: Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
+    """
+
+    rank: int
+    alpha: float
+    use_rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """Factor of B @ A."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptedLinear:
+    """A Megatron linear (or embedding) with adapters, in all layers where they are the same.
+
+    Attributes:
+        rule: Rule of its weight.
+        adapters: The adapter of each of the rule's Hugging Face tensors; None for no adapter.
+        layers: Layers, as in `Rule.layers`; empty for what is not in a layer.
+    """
+
+    rule: Rule
+    adapters: tuple[Adapter | None, ...]
+    layers: tuple[int, ...]
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """Indices of the rule's Hugging Face tensors that have an adapter."""
+        return tuple(index for index, adapter in enumerate(self.adapters) if adapter)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank, to which the factors are padded."""
+        return max(adapter.rank for adapter in self.adapters if adapter)
+
+    @property
+    def kind(self) -> Literal["column", "row", "router", "embedding", "experts"]:
+        """What kind of module it is."""
+        if self.rule.num_experts is not None:
+            return "experts"
+        if self.rule.place == "first":
+            return "embedding"
+        if self.rule.split is None:
+            return "router"
+        return "column" if self.rule.split == "rows" else "row"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraPlan:
+    """All that an adapter consists of.
+
+    Attributes:
+        linears: Linears with adapters.
+        modules_to_save: Rules of parameters that are trained whole and saved next to the factors.
+    """
+
+    linears: tuple[AdaptedLinear, ...]
+    modules_to_save: tuple[Rule, ...] = ()
+
+
+def module_name(tensor: HFTensor) -> str:
+    """The Hugging Face module that a weight belongs to, with `{layer}` and `{expert}` open."""
+    return tensor.name.removesuffix(".weight")
+
+
+def factor_names(tensor: HFTensor, *, is_embedding: bool = False) -> tuple[str, str]:
+    """PEFT's names of A and B in an adapter file, with `{layer}` and `{expert}` open."""
+    module = PEFT_PREFIX + module_name(tensor)
+    if is_embedding:
+        return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+
+def adapter_table(table: WeightTable, lora: LoraPlan) -> WeightTable:
+    """The weight table of an adapter: what its file holds and where that lies in the model.
+
+    Args:
+        table: Weights of the model.
+        lora: The adapters.
+    """
+    rules = [rule for linear in lora.linears for rule in _factor_rules(linear)]
+    rules += [_saved_rule(rule) for rule in lora.modules_to_save]
+    return WeightTable(num_layers=table.num_layers, rules=tuple(rules))
+
+
+def _factor_rules(linear: AdaptedLinear) -> tuple[Rule, Rule]:
+    rule, rank = linear.rule, linear.rank
+    is_embedding = linear.kind == "embedding"
+    a_tensors, b_tensors = [], []
+    for source in linear.sources:
+        tensor, adapter = rule.hf[source], linear.adapters[source]
+        assert adapter is not None
+        a_name, b_name = factor_names(tensor, is_embedding=is_embedding)
+        # PEFT looks the rows of an embedding's A up, so there the weight is transposed.
+        out_size, in_size = reversed(tensor.shape) if is_embedding else tensor.shape
+        a_tensors.append(HFTensor(a_name, (adapter.rank, in_size)))
+        b_tensors.append(HFTensor(b_name, (out_size, adapter.rank)))
+    prefix = rule.megatron.removesuffix("weight") + ADAPTER_CHILD
+    common = {"place": rule.place, "layers": linear.layers, "num_experts": rule.num_experts}
+    lora_a = Rule(megatron=f"{prefix}.lora_a", hf=tuple(a_tensors), layout=Spaced(rank), **common)
+    lora_b = Rule(megatron=f"{prefix}.lora_b", hf=tuple(b_tensors), **common)
+    if is_embedding:
+        return replace(lora_a, split="columns", layout=rule.layout), lora_b
+    if rule.split == "columns":
+        return replace(lora_a, split="columns", layout=Concatenated()), lora_b
+    num_rows = tuple(tensor.shape[0] for tensor in rule.hf)
+    layout = Selected(rule.layout, num_rows=num_rows, sources=linear.sources)
+    return lora_a, replace(lora_b, split=rule.split, layout=layout)
+
+
+def _saved_rule(rule: Rule) -> Rule:
+    renamed = tuple(HFTensor(PEFT_PREFIX + tensor.name, tensor.shape) for tensor in rule.hf)
+    return replace(rule, hf=renamed)
