@@ -4,93 +4,42 @@ The judge is PEFT on the Hugging Face model, from the same A and B, one document
 which transformers 5 keeps in one parameter, get one linear each there, as in the checkpoint.
 """
 
-from pathlib import Path
+from dataclasses import replace
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
-from mtrain.bridge.plan import hf_tensors, weight_table
-from mtrain.bridge.save import lookup_in, save_weights
-from mtrain.bridge.slices import tensors_by_name
-from mtrain.config import MoEConfig, OptimizerConfig, ParallelConfig, TrainingConfig
-from mtrain.config.tuner import TunerConfig
-from mtrain.lora.attach import attach_adapters
-from mtrain.lora.merge import merged_lookup
-from mtrain.lora.plan import adapter_table
-from mtrain.lora.targets import choose_targets
-from mtrain.lora.weights import adapter_lookup, initialize_adapters, load_adapters
+from mtrain.bridge.plan import weight_table
+from mtrain.bridge.save import lookup_in
+from mtrain.config import MoEConfig, OptimizerConfig, ParallelConfig
+from mtrain.lora.plan import Adapter, adapter_table
+from mtrain.lora.weights import adapter_lookup
 from mtrain.parallel import ParallelLayout
 from mtrain.training.optimizer import build_optimizer, build_scheduler
 from mtrain.training.step import train_step
-from mtrain.training.wrap import unwrap, wrap_chunks
-from tests.megatron import load_model, packed_inputs, read_config
+from mtrain.training.wrap import wrap_chunks
+from tests.adapters import attached, gathered, peft_model, plan_of, random_factors
+from tests.megatron import read_config
 from tests.ranks import run_ranks
-from tests.test_invariance import PACKED, VOCAB, batches_of_rank, layout
+from tests.test_invariance import PACKED, batches_of_rank, layout
 from tests.tiny import make_checkpoint
 
 STEPS = 5
+# Adam divides by the root of the second moment; with the usual epsilon of 1e-8 a gradient of 1e-9
+# moves its value by a whole learning rate, in a direction that rounding decides.
+EPSILON = 1e-5
 OPTIMIZER = OptimizerConfig(
-    lr=1e-3, lr_decay_style="constant", clip_grad=0.0, weight_decay=0.1, adam_eps=1e-8
+    lr=1e-3, lr_decay_style="constant", clip_grad=0.0, weight_decay=0.1, adam_eps=EPSILON
 )
-EVERYTHING = ("all-linear",)
 
 
-class Values(dict):
-    """Factors by PEFT's names, as a source to load from."""
-
-    def slices(self, name):
-        return self[name]
-
-
-def random_factors(table, lora, *, seed=7):
-    """A and B that are both not zero, so that all gradients show from the first step."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = hf_tensors(adapter_table(table, lora))
-    return Values({n: torch.randn(s, generator=generator) * 0.1 for n, s in shapes.items()})
-
-
-def plan_of(folder, **tuner):
-    table = weight_table(read_config(folder))
-    defaults = {"target_modules": EVERYTHING, "lora_rank": 4, "lora_alpha": 6.0}
-    return table, choose_targets(table, TunerConfig(**defaults | tuner))
-
-
-def attached(state, folder, table, lora, values=None, **options):
-    chunks = load_model(state, folder, **options)
-    dtype = options.get("dtype", torch.float32)
-    common = {"table": table, "state": state, "backend": "torch"}
-    attach_adapters(chunks, lora, dtype=dtype, dropout=0.0, **common)
-    if values is None:
-        initialize_adapters(chunks, lora, seed=0, **common)
-    else:
-        load_adapters(chunks, values, lora, **common)
-    return chunks
-
-
-def gathered(state, lookup, output, table):
-    """Tensors of all ranks by their Hugging Face names, on rank 0; {} on the others."""
-    if state.is_first_rank:
-        output.mkdir(parents=True)
-    torch.distributed.barrier()
-    options = {"state": state, "backend": "torch", "dtype": torch.float32, "max_shard_size": 10**9}
-    save_weights(lookup, output, table=table, **options)
-    torch.distributed.barrier()
-    found = {}
-    if state.is_first_rank:
-        for file in output.glob("*.safetensors"):
-            found |= load_file(file)
-    return found
-
-
-def train(state, folder, tuner, values, output, training=None):
+def train(state, folder, lora, values, output, training=None):
     """Losses, gradient norms, gradients of the first step, and factors after all steps."""
-    table, lora = plan_of(folder, **tuner)
+    table = weight_table(read_config(folder))
     factors = adapter_table(table, lora)
     no_balance = MoEConfig(moe_aux_loss_coeff=(0.0,))
-    bare = attached(state, folder, table, lora, values, moe=no_balance, training=training)
+    bare = attached(state, folder, lora, values, moe=no_balance, training=training)
     before = {name: t.clone() for name, t in bare[0].named_parameters() if not t.requires_grad}
     # Without the distributed optimizer every rank has whole gradients to look at.
     parallel = ParallelConfig(use_distributed_optimizer=False)
@@ -112,74 +61,20 @@ def train(state, folder, tuner, values, output, training=None):
             ]
             gradients = gathered(state, lookup_in(main), output / "gradients", factors)
     assert all(torch.equal(bare[0].get_parameter(name), before[name]) for name in before)
-    values = gathered(
-        state, adapter_lookup(bare, dtype=torch.float32), output / "values", factors
-    )
+    values = gathered(state, adapter_lookup(bare, dtype=torch.float32), output / "values", factors)
     return losses, norms, gradients, values
-
-
-class SeparateExperts(torch.nn.Module):
-    """The experts of a Hugging Face layer as linears, which PEFT can adapt one by one."""
-
-    class Expert(torch.nn.Module):
-        def __init__(self, gate_up, down):
-            super().__init__()
-            gate, up = gate_up.chunk(2)
-            for name, weight in {"gate_proj": gate, "up_proj": up, "down_proj": down}.items():
-                linear = torch.nn.Linear(*reversed(weight.shape), bias=False)
-                linear.weight = torch.nn.Parameter(weight.detach().clone())
-                setattr(self, name, linear)
-
-        def forward(self, x):
-            gated = torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
-            return self.down_proj(gated)
-
-    def __init__(self, experts):
-        super().__init__()
-        weights = zip(experts.gate_up_proj, experts.down_proj, strict=True)
-        for number, (gate_up, down) in enumerate(weights):
-            self.add_module(str(number), self.Expert(gate_up, down))
-
-    def forward(self, hidden, chosen, weights):
-        output = torch.zeros_like(hidden)
-        for number, expert in enumerate(self.children()):
-            rows, which = torch.where(chosen == number)
-            scaled = expert(hidden[rows]) * weights[rows, which, None]
-            output = output.index_add(0, rows, scaled)
-        return output
-
-
-class Judge(torch.nn.Module):
-    """A Hugging Face model that PEFT takes as it is, without its conversion of fused experts."""
-
-    def __init__(self, folder):
-        super().__init__()
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.model, self.lm_head = model.model, model.lm_head
-        for layer in self.model.layers:
-            if hasattr(layer.mlp, "experts"):
-                layer.mlp.experts = SeparateExperts(layer.mlp.experts)
-
-    def forward(self, input_ids):
-        return self.lm_head(self.model(input_ids).last_hidden_state)
-
-
-def peft_model(folder, config, values):
-    model = peft.get_peft_model(Judge(folder), config)
-    result = peft.set_peft_model_state_dict(model, dict(values))
-    assert not result.unexpected_keys
-    trained = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
-    assert trained.keys() == values.keys()
-    return model, trained
 
 
 def train_with_peft(folder, config, values):
     """The same training by PEFT and torch's AdamW."""
     model, trained = peft_model(folder, config, values)
-    optimizer = torch.optim.AdamW(
-        trained.values(), lr=1e-3, betas=(OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2),
-        eps=1e-8, weight_decay=0.1,
-    )
+    # Megatron-Core does not decay what has one axis.
+    groups = [
+        {"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in trained.values() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    betas = (OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=betas, eps=EPSILON)
     losses, norms, first = [], [], {}
     state = _OneRank()
     for step in range(STEPS):
@@ -209,24 +104,66 @@ class _OneRank:
     coordinates = ParallelLayout().coordinates(0)
 
 
-def lora_config(**changes):
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return peft.LoraConfig(
-        **{"r": 4, "lora_alpha": 6.0, "target_modules": names, "lora_dropout": 0.0} | changes
+def uneven(lora):
+    """The same targets with another rank and alpha for the first projection of every linear."""
+    other = Adapter(rank=3, alpha=2.0)
+    return replace(
+        lora,
+        linears=tuple(
+            replace(linear, adapters=(other, *linear.adapters[1:])) for linear in lora.linears
+        ),
     )
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+# What is adapted: flags of ours, and the same in PEFT's words.
+ADAPTERS = {
+    "all": ({}, {}),
+    "some_projections": (
+        {"target_modules": ("q_proj", "v_proj", "up_proj")},
+        {"target_modules": ["q_proj", "v_proj", "up_proj"]},
+    ),
+    "rslora": ({"use_rslora": True}, {"use_rslora": True}),
+    "uneven": (
+        {},
+        {
+            "rank_pattern": dict.fromkeys(["q_proj", "gate_proj", "o_proj", "down_proj"], 3),
+            "alpha_pattern": dict.fromkeys(["q_proj", "gate_proj", "o_proj", "down_proj"], 2.0),
+        },
+    ),
+    "embedding_and_head": (
+        {"target_modules": ("q_proj", "all-embedding", "lm_head")},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    ),
+    "router": (
+        {"target_modules": ("all-router", "o_proj")},
+        {"target_modules": ["o_proj"], "target_parameters": ["mlp.gate.weight"]},
+    ),
+    "saved_modules": (
+        {"modules_to_save": ("lm_head", "input_layernorm")},
+        {"modules_to_save": ["lm_head", "input_layernorm"]},
+    ),
+}
 
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
-    """(folder, start values, PEFT's training) of a family, made once."""
+    """(folder, adapters, start values, PEFT's training) of a family and a choice of adapters."""
     made = {}
 
-    def get(name):
-        if name not in made:
+    def get(name, choice):
+        if (name, choice) not in made:
             folder = make_checkpoint(tmp_path_factory.mktemp(name), name)
-            values = random_factors(*plan_of(folder))
-            made[name] = folder, values, train_with_peft(folder, lora_config(), values)
-        return made[name]
+            flags, words = ADAPTERS[choice]
+            table, lora = plan_of(folder, **flags)
+            lora = uneven(lora) if choice == "uneven" else lora
+            values = random_factors(table, lora)
+            config = peft.LoraConfig(
+                **{"r": 4, "lora_alpha": 6.0, "target_modules": ATTENTION + MLP} | words
+            )
+            made[name, choice] = folder, lora, values, train_with_peft(folder, config, values)
+        return made[name, choice]
 
     return get
 
@@ -242,28 +179,47 @@ def assert_same(ours, expected):
             torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-ONE = ParallelLayout()
+LAYOUTS = {
+    "one": ParallelLayout(),
+    "tp2": layout(tp_size=2),
+    "tp4_more_ranks_than_groups": layout(tp_size=4),
+    "pp2": layout(pp_size=2),
+    "pp2_vpp2": layout(pp_size=2, vpp_size=2),
+    "tp2_pp2": layout(tp_size=2, pp_size=2),
+    "dp2": layout(world_size=2),
+    "ep2": layout(ep_size=2),
+    "etp2": layout(tp_size=2, etp_size=2),
+    "tp2_ep2": layout(tp_size=2, ep_size=2),
+    "tp2_etp2_ep2": layout(tp_size=2, etp_size=2, ep_size=2),
+    "pp2_ep2": layout(pp_size=2, ep_size=2),
+}
 CASES = [
-    *((name, "one", ONE) for name in ("llama", "qwen2", "qwen3_tied", "qwen3_moe_mixed")),
-    ("qwen2", "tp2", layout(tp_size=2)),
-    ("qwen3_tied", "tp4_more_ranks_than_groups", layout(tp_size=4)),
-    ("qwen3_tied", "pp2_vpp2", layout(pp_size=2, vpp_size=2)),
-    ("llama", "tp2_pp2", layout(tp_size=2, pp_size=2)),
-    ("qwen3_moe_mixed", "dp2", layout(world_size=2)),
-    ("qwen3_moe_mixed", "ep2", layout(ep_size=2)),
-    ("qwen3_moe_mixed", "etp2", layout(tp_size=2, etp_size=2)),
-    ("qwen3_moe_mixed", "tp2_ep2", layout(tp_size=2, ep_size=2)),
-    ("qwen3_moe_mixed", "tp2_etp2_ep2", layout(tp_size=2, etp_size=2, ep_size=2)),
-    ("qwen3_moe_mixed", "pp2_ep2", layout(pp_size=2, ep_size=2)),
+    *((name, "all", "one") for name in ("llama", "qwen2", "qwen3", "qwen3_moe_mixed")),
+    ("qwen2", "all", "tp2"),
+    ("qwen3", "all", "tp4_more_ranks_than_groups"),
+    ("qwen3", "all", "pp2_vpp2"),
+    ("llama", "all", "tp2_pp2"),
+    *(("qwen3_moe_mixed", "all", sizes) for sizes in ("dp2", "ep2", "etp2", "tp2_ep2")),
+    *(("qwen3_moe_mixed", "all", sizes) for sizes in ("tp2_etp2_ep2", "pp2_ep2")),
+    ("qwen3", "some_projections", "tp4_more_ranks_than_groups"),
+    ("qwen3_moe_mixed", "some_projections", "tp2_ep2"),
+    ("qwen2", "rslora", "one"),
+    ("qwen3", "uneven", "tp2"),
+    ("qwen3_moe_mixed", "uneven", "etp2"),
+    ("qwen3", "embedding_and_head", "one"),
+    ("qwen3", "embedding_and_head", "tp2_pp2"),
+    ("qwen3_moe_mixed", "router", "one"),
+    ("qwen3_moe_mixed", "router", "tp2_ep2"),
+    ("qwen3", "saved_modules", "tp2_pp2"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes"), [pytest.param(n, s, id=f"{n}-{label}") for n, label, s in CASES]
+    ("name", "choice", "sizes"), [pytest.param(*case, id="-".join(case)) for case in CASES]
 )
-def test_training_is_that_of_peft(name, sizes, judged, tmp_path):
+def test_training_is_that_of_peft(name, choice, sizes, judged, tmp_path):
     """T40 for LoRA: every layout repeats PEFT's losses, gradients and values."""
-    folder, values, expected = judged(name)
-    results = run_ranks(sizes, train, folder, {}, values, tmp_path)
+    folder, lora, values, expected = judged(name, choice)
+    results = run_ranks(LAYOUTS[sizes], train, folder, lora, values, tmp_path)
     assert all(result[:2] == results[0][:2] for result in results), "ranks disagree"
     assert_same(results[0], expected)

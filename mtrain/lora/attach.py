@@ -9,7 +9,6 @@ them. Call it before the chunks are wrapped.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
 
 import torch
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
@@ -18,21 +17,21 @@ from mtrain.bridge.plan import Backend, Plan, plan_rank
 from mtrain.bridge.rules import WeightTable
 from mtrain.lora.factors import LoraFactors
 from mtrain.lora.linear import (
-    AdaptedColumnLinear,
-    AdaptedEmbedding,
-    AdaptedGroupedLinear,
-    AdaptedRouter,
-    AdaptedRowLinear,
+    adapt_column_linear,
+    adapt_embedding,
+    adapt_grouped_linear,
+    adapt_router,
+    adapt_row_linear,
 )
 from mtrain.lora.plan import ADAPTER_CHILD, AdaptedLinear, LoraPlan, adapter_table
 from mtrain.parallel import ParallelState
 
-_MIXINS = {
-    "column": AdaptedColumnLinear,
-    "row": AdaptedRowLinear,
-    "router": AdaptedRouter,
-    "embedding": AdaptedEmbedding,
-    "experts": AdaptedGroupedLinear,
+_ADAPT = {
+    "column": adapt_column_linear,
+    "row": adapt_row_linear,
+    "router": adapt_router,
+    "embedding": adapt_embedding,
+    "experts": adapt_grouped_linear,
 }
 
 
@@ -82,15 +81,10 @@ def attach_adapters(
                 is_sequence_parallel=is_sequence_parallel and not is_expert,
             )
             _mark_factors(module.adapter, linear, state)
-            module.__class__ = _adapted_class(_MIXINS[linear.kind], type(module))
+            module.__class__ = _ADAPT[linear.kind](type(module))
             if hasattr(module, "return_layernorm_output"):
                 # Transformer Engine's linear with the norm in it: A takes the normalised input.
                 module.return_layernorm_output = True
-
-
-@cache
-def _adapted_class(mixin: type, base: type) -> type:
-    return type(f"Adapted{base.__name__}", (mixin, base), {"__doc__": mixin.__doc__})
 
 
 def _plan(lora: LoraPlan, table: WeightTable, state: ParallelState, backend: Backend) -> Plan:

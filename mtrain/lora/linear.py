@@ -1,13 +1,17 @@
-"""Megatron's linears with an adapter: mixins that `attach` puts before the class of a module.
+"""Megatron's linears with an adapter: a subclass of whatever class a module has.
 
 The one thing to know: only activations of the adapter's rank are communicated. A column-parallel
 linear holds all of A and its own rows of B; a row-parallel one its own columns of A and all of B.
 Factors that every rank holds are marked for Megatron-Core's gradient reduction where the ranks saw
 different parts of the sequence (`mtrain.lora.attach`).
+
+A live module takes the subclass as its class, for which Python wants a subclass with one base:
+hence functions that make one, and not mixins.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,101 +27,123 @@ from torch.nn.functional import grouped_mm
 from mtrain.lora.factors import LoraFactors
 
 
-class AdaptedColumnLinear:
-    """Before a linear whose output is split: Megatron-Core's or Transformer Engine's."""
+@cache
+def adapt_column_linear(base: type) -> type:
+    """A column-parallel linear, Megatron-Core's or Transformer Engine's, with an adapter."""
 
-    adapter: LoraFactors
+    class AdaptedColumnLinear(base):
+        adapter: LoraFactors
 
-    def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        """[seq, batch, in] (sequence-parallel: this rank's part) -> [seq, batch, out / tp_size]."""
-        output, bias = super().forward(input_, *args, **kwargs)
-        if isinstance(output, tuple):
-            # Transformer Engine's norm is inside the linear; attach asked for what it gives.
-            output, input_ = output
-        adapter = self.adapter
-        low_rank = adapter.down(input_, is_split=adapter.is_sequence_parallel)
-        if adapter.is_sequence_parallel:
-            low_rank = gather_from_sequence_parallel_region(
-                low_rank, tensor_parallel_output_grad=True, group=adapter.group
-            )
-        elif adapter.group.size() > 1:
-            low_rank = copy_to_tensor_model_parallel_region(low_rank, group=adapter.group)
-        return adapter.add_up(output, low_rank), bias
+        def forward(
+            self, input_: torch.Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[torch.Tensor, Any]:
+            """[seq (/ tp_size), batch, in] -> [seq, batch, out / tp_size]."""
+            output, bias = super().forward(input_, *args, **kwargs)
+            if isinstance(output, tuple):
+                # Transformer Engine's norm is inside the linear; attach asked for what it gives.
+                output, input_ = output
+            adapter = self.adapter
+            low_rank = adapter.down(input_, is_split=adapter.is_sequence_parallel)
+            if adapter.is_sequence_parallel:
+                low_rank = gather_from_sequence_parallel_region(
+                    low_rank, tensor_parallel_output_grad=True, group=adapter.group
+                )
+            elif adapter.group.size() > 1:
+                low_rank = copy_to_tensor_model_parallel_region(low_rank, group=adapter.group)
+            return adapter.add_up(output, low_rank), bias
 
-
-class AdaptedRowLinear:
-    """Before a linear whose input is split."""
-
-    adapter: LoraFactors
-
-    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """[seq, batch, in / tp_size] -> [seq, batch, out] (sequence-parallel: this rank's part)."""
-        output, bias = super().forward(input_)
-        adapter = self.adapter
-        low_rank = adapter.down(input_, is_split=True)
-        return adapter.add_up(output, _reduced(low_rank, adapter)), bias
+    return AdaptedColumnLinear
 
 
-class AdaptedRouter:
-    """Before a router, which every rank holds whole and applies to its part of the sequence."""
+@cache
+def adapt_row_linear(base: type) -> type:
+    """A row-parallel linear with an adapter."""
 
-    adapter: LoraFactors
+    class AdaptedRowLinear(base):
+        adapter: LoraFactors
 
-    def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """[seq, batch, hidden] -> logits [seq, batch, experts]."""
-        low_rank = self.adapter.down(input, is_split=self.adapter.is_sequence_parallel)
-        return self.adapter.add_up(super().gating(input), low_rank)
+        def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            """[seq, batch, in / tp_size] -> [seq (/ tp_size), batch, out]."""
+            output, bias = super().forward(input_)
+            adapter = self.adapter
+            low_rank = adapter.down(input_, is_split=True)
+            return adapter.add_up(output, _reduced(low_rank, adapter)), bias
 
-
-class AdaptedEmbedding:
-    """Before an embedding whose vocabulary is split. As in PEFT, its input is not dropped out."""
-
-    adapter: LoraFactors
-
-    def forward(self, input_: torch.Tensor) -> torch.Tensor:
-        """int64 [batch, seq] -> [batch, seq, hidden], or [seq / tp_size, batch, hidden]."""
-        output = super().forward(input_)
-        adapter = self.adapter
-        outside = (input_ < self.vocab_start_index) | (input_ >= self.vocab_end_index)
-        local = (input_ - self.vocab_start_index).masked_fill(outside, 0)
-        columns = adapter.lora_a.to(output.dtype).t()
-        low_rank = F.embedding(local, columns).masked_fill(outside.unsqueeze(-1), 0)
-        if adapter.is_sequence_parallel:
-            low_rank = low_rank.transpose(0, 1).contiguous()
-        return adapter.add_up(output, _reduced(low_rank, adapter))
+    return AdaptedRowLinear
 
 
-class AdaptedGroupedLinear:
-    """Before the linear maps of all local experts.
+@cache
+def adapt_router(base: type) -> type:
+    """A router, which every rank applies to its part of the sequence, with an adapter."""
+
+    class AdaptedRouter(base):
+        adapter: LoraFactors
+
+        def gating(self, input: torch.Tensor) -> torch.Tensor:
+            """[seq, batch, hidden] -> logits [seq, batch, experts]."""
+            low_rank = self.adapter.down(input, is_split=self.adapter.is_sequence_parallel)
+            return self.adapter.add_up(super().gating(input), low_rank)
+
+    return AdaptedRouter
+
+
+@cache
+def adapt_embedding(base: type) -> type:
+    """An embedding with an adapter; as in PEFT, its input is not dropped out."""
+
+    class AdaptedEmbedding(base):
+        adapter: LoraFactors
+
+        def forward(self, input_: torch.Tensor) -> torch.Tensor:
+            """int64 [batch, seq] -> [batch, seq, hidden], or [seq / tp_size, batch, hidden]."""
+            output = super().forward(input_)
+            adapter = self.adapter
+            outside = (input_ < self.vocab_start_index) | (input_ >= self.vocab_end_index)
+            local = (input_ - self.vocab_start_index).masked_fill(outside, 0)
+            columns = adapter.lora_a.to(output.dtype).t()
+            low_rank = F.embedding(local, columns).masked_fill(outside.unsqueeze(-1), 0)
+            if adapter.is_sequence_parallel:
+                low_rank = low_rank.transpose(0, 1).contiguous()
+            return adapter.add_up(output, _reduced(low_rank, adapter))
+
+    return AdaptedEmbedding
+
+
+@cache
+def adapt_grouped_linear(base: type) -> type:
+    """The linear maps of all local experts with adapters.
 
     The token dispatcher sums the outputs of the ranks that share an expert and gives all of them
     the same tokens, so nothing is communicated here. A factor that those ranks all hold gets a part
     of its gradient on each, and is summed as it enters the forward pass.
     """
 
-    adapter: LoraFactors
+    class AdaptedGroupedLinear(base):
+        adapter: LoraFactors
 
-    def forward(self, tokens: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Rows sorted by expert [rows, in] and the end of each expert's rows -> [rows, out]."""
-        output = super().forward(tokens, ends)
-        adapter = self.adapter
-        lora_a, lora_b = adapter.lora_a, adapter.lora_b
-        if tokens.shape[0] == 0:
-            # Both still take part, so that their gradients are zero and not missing.
-            return output + (lora_a.sum() + lora_b.sum()).to(output.dtype) * 0
-        if adapter.group.size() > 1:
-            is_row = self.weight.partition_dim == 2
-            if is_row:
-                lora_b = copy_to_tensor_model_parallel_region(lora_b, group=adapter.group)
-            else:
-                lora_a = copy_to_tensor_model_parallel_region(lora_a, group=adapter.group)
-        # Grouped products on GPUs take rows of a multiple of 16 bytes: zeros for the missing ranks.
-        missing = -lora_a.shape[1] % 8
-        lora_a = F.pad(lora_a.to(tokens.dtype), (0, 0, 0, missing))
-        scaled_b = F.pad(adapter.scaled_b(lora_b).to(tokens.dtype), (0, missing))
-        dropped = adapter.drop(tokens, is_split=True)
-        low_rank = grouped_mm(dropped, lora_a.transpose(1, 2), offs=ends)
-        return output + grouped_mm(low_rank, scaled_b.transpose(1, 2), offs=ends)
+        def forward(self, tokens: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            """Rows sorted by expert [rows, in] and the end of each expert's rows -> [rows, out]."""
+            output = super().forward(tokens, ends)
+            adapter = self.adapter
+            lora_a, lora_b = adapter.lora_a, adapter.lora_b
+            if tokens.shape[0] == 0:
+                # Both still take part, so that their gradients are zero and not missing.
+                return output + (lora_a.sum() + lora_b.sum()).to(output.dtype) * 0
+            if adapter.group.size() > 1:
+                is_row = self.weight.partition_dim == 2
+                if is_row:
+                    lora_b = copy_to_tensor_model_parallel_region(lora_b, group=adapter.group)
+                else:
+                    lora_a = copy_to_tensor_model_parallel_region(lora_a, group=adapter.group)
+            # Grouped products on GPUs want rows of a multiple of 16 bytes.
+            missing = -lora_a.shape[1] % 8
+            lora_a = F.pad(lora_a.to(tokens.dtype), (0, 0, 0, missing))
+            scaled_b = F.pad(adapter.scaled_b(lora_b).to(tokens.dtype), (0, missing))
+            dropped = adapter.drop(tokens, is_split=True)
+            low_rank = grouped_mm(dropped, lora_a.transpose(1, 2), offs=ends)
+            return output + grouped_mm(low_rank, scaled_b.transpose(1, 2), offs=ends)
+
+    return AdaptedGroupedLinear
 
 
 def _reduced(low_rank: torch.Tensor, adapter: LoraFactors) -> torch.Tensor:

@@ -1,0 +1,118 @@
+"""The factors of one linear: how they are put together, moved, dropped out and merged."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mtrain.bridge.rules import HFTensor, Interleaved, Rule
+from mtrain.lora.factors import LoraFactors
+from mtrain.lora.plan import AdaptedLinear, Adapter
+
+QKV = Rule(
+    megatron="decoder.layers.{layer}.self_attention.linear_qkv.weight",
+    hf=(HFTensor("q.weight", (4, 6)), HFTensor("k.weight", (2, 6)), HFTensor("v.weight", (2, 6))),
+    layout=Interleaved(2),
+    split="rows",
+    layers=(0,),
+)
+# Rows of the fused weight: q q k v | q q k v. Only q and v are adapted.
+SCALES = torch.tensor([[2.0, 0], [2.0, 0], [0, 0], [0, 0.5]]).repeat(2, 1)
+
+
+class OneRank:
+    """A process group of one."""
+
+    def size(self):
+        return 1
+
+
+def make_factors(**changes):
+    linear = AdaptedLinear(
+        rule=QKV,
+        adapters=(Adapter(rank=3, alpha=6.0), None, Adapter(rank=2, alpha=1.0)),
+        layers=(0,),
+    )
+    arguments = {
+        "a_shape": (6, 6),
+        "b_shape": (8, 3),
+        "scales": SCALES,
+        "dtype": torch.float32,
+        "device": torch.device("cpu"),
+        "dropout": 0.0,
+        "group": OneRank(),
+        "is_sequence_parallel": False,
+    }
+    factors = LoraFactors(linear, **arguments | changes)
+    torch.manual_seed(0)
+    for factor in factors.parameters():
+        torch.nn.init.normal_(factor)
+    return factors
+
+
+def delta_row_by_row(factors):
+    """scale * B @ A with the B and A of the projection that each row belongs to."""
+    rows = []
+    for row, b in enumerate(factors.lora_b):
+        row_of_delta = torch.zeros(6)
+        for projection in range(2):
+            a = factors.lora_a[3 * projection : 3 * projection + 3]
+            row_of_delta += SCALES[row, projection] * (b @ a)
+        rows.append(row_of_delta)
+    return torch.stack(rows)
+
+
+def test_each_row_meets_the_a_of_its_own_projection():
+    factors = make_factors()
+    delta = factors.scaled_b(factors.lora_b) @ factors.lora_a
+    torch.testing.assert_close(delta, delta_row_by_row(factors))
+    assert not delta[2].any(), "a projection without adapter got something"
+
+
+def test_down_and_up_apply_the_delta():
+    factors = make_factors()
+    activations, output = torch.randn(5, 1, 6), torch.randn(5, 1, 8)
+    ours = factors.add_up(output, factors.down(activations, is_split=False))
+    expected = output + F.linear(activations, delta_row_by_row(factors))
+    torch.testing.assert_close(ours, expected)
+
+
+def test_an_output_of_another_dtype_keeps_its_dtype():
+    """Routers give float32 logits for half-precision activations."""
+    factors = make_factors()
+    low_rank = factors.down(torch.randn(5, 1, 6).bfloat16(), is_split=False)
+    assert low_rank.dtype == torch.bfloat16
+    assert factors.add_up(torch.randn(5, 1, 8), low_rank).dtype == torch.float32
+
+
+def test_casting_the_model_leaves_the_factors_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), make_factors())
+    before = {name: tensor.clone() for name, tensor in model[1].named_parameters()}
+    model.bfloat16()
+    assert model[0].weight.dtype == torch.bfloat16
+    assert model[1].scales.dtype == torch.float32
+    assert all(torch.equal(model[1].get_parameter(name), before[name]) for name in before)
+
+
+def test_dropout_is_for_training_only():
+    factors = make_factors(dropout=0.5)
+    activations = torch.ones(100, 6)
+    dropped = factors.drop(activations, is_split=True)
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    factors.eval()
+    assert torch.equal(factors.drop(activations, is_split=True), activations)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_rounds_once_and_changes_nothing(dtype):
+    factors = make_factors(dtype=dtype)
+    weight = torch.randn(8, 6).to(dtype)
+    before = weight.clone()
+    merged = factors.merged(weight, None)
+    float_factors = make_factors()
+    with torch.no_grad():
+        float_factors.lora_a.copy_(factors.lora_a)
+        float_factors.lora_b.copy_(factors.lora_b)
+    expected = (weight.float() + delta_row_by_row(float_factors)).to(dtype)
+    assert merged.dtype == dtype
+    torch.testing.assert_close(merged, expected)
+    assert torch.equal(weight, before)

@@ -1,0 +1,83 @@
+"""Adapters on a GPU, both backends, in bfloat16, against PEFT in float32; needs a GPU."""
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mtrain.lora.plan import PEFT_PREFIX
+from mtrain.parallel import destroy_parallel, initialize_parallel
+from mtrain.platform.device import has_transformer_engine
+from tests.adapters import attached, peft_model, plan_of, random_factors
+from tests.megatron import SINGLE, load_model, packed_inputs
+from tests.tiny import make_checkpoint
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+BACKENDS = ["torch", *(["te"] if has_transformer_engine() else [])]
+LENGTHS = [40, 7, 64, 17]
+VOCAB = 131
+NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def state():
+    yield initialize_parallel(SINGLE)
+    destroy_parallel()
+
+
+def on_gpu(inputs):
+    return {
+        name: value.cuda() if torch.is_tensor(value) else value for name, value in inputs.items()
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_moe"])
+def test_fresh_adapters_leave_the_logits_bit_equal(name, backend, state, tmp_path):
+    """T44 on the real kernels."""
+    folder = make_checkpoint(tmp_path, name, hidden_size=128, moe_intermediate_size=64)
+    _, lora = plan_of(folder)
+    options = {"dtype": torch.bfloat16, "backend": backend}
+    inputs = on_gpu(packed_inputs(LENGTHS, VOCAB))
+    inputs.pop("labels")
+    with torch.no_grad():
+        (bare,), (adapted,) = (
+            load_model(state, folder, **options),
+            attached(state, folder, lora, **options),
+        )
+        assert torch.equal(bare(**inputs), adapted(**inputs))
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_moe"])
+def test_losses_and_gradients_are_near_those_of_peft(name, backend, adapter_dtype, state, tmp_path):
+    folder = make_checkpoint(tmp_path, name, hidden_size=128, moe_intermediate_size=64)
+    table, lora = plan_of(folder)
+    values = random_factors(table, lora)
+    (model,) = attached(
+        state,
+        folder,
+        lora,
+        values,
+        dtype=torch.bfloat16,
+        adapter_dtype=adapter_dtype,
+        backend=backend,
+    )
+    config = peft.LoraConfig(r=4, lora_alpha=6.0, target_modules=NAMES)
+    judge, theirs = peft_model(folder, config, values)
+    judge.cuda()
+    inputs = on_gpu(packed_inputs(LENGTHS, VOCAB))
+    losses, _ = model(**inputs)
+    losses.sum().backward()
+    labels, ids = inputs["labels"], inputs["input_ids"]
+    logits = torch.cat([judge(part[None]) for part in ids[0].split(LENGTHS)], dim=1)
+    loss = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="sum")
+    loss.backward()
+    torch.testing.assert_close(losses.sum(), loss, rtol=5e-3, atol=0)
+    layer = model.decoder.layers[0].self_attention.linear_proj.adapter
+    for factor, letter in ((layer.lora_a, "A"), (layer.lora_b, "B")):
+        expected = theirs[f"{PEFT_PREFIX}model.layers.0.self_attn.o_proj.lora_{letter}.weight"].grad
+        likeness = F.cosine_similarity(factor.grad.float().flatten(), expected.flatten(), dim=0)
+        # A router in bfloat16 sends a token here and there to another expert.
+        assert likeness > (0.98 if "moe" in name else 0.995)
