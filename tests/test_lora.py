@@ -12,13 +12,14 @@ import torch
 
 from mtrain.bridge.plan import weight_table
 from mtrain.bridge.save import lookup_in
-from mtrain.config import MoEConfig, OptimizerConfig, ParallelConfig
+from mtrain.config import MoEConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from mtrain.lora.plan import Adapter, adapter_table
 from mtrain.lora.weights import adapter_lookup
 from mtrain.parallel import ParallelLayout
+from mtrain.training.freeze import keep_graph_connected
 from mtrain.training.optimizer import build_optimizer, build_scheduler
 from mtrain.training.step import train_step
-from mtrain.training.wrap import wrap_chunks
+from mtrain.training.wrap import gather_parameters, wrap_chunks
 from tests.adapters import attached, gathered, peft_model, plan_of, random_factors
 from tests.megatron import read_config
 from tests.ranks import run_ranks
@@ -32,17 +33,18 @@ EPSILON = 1e-5
 OPTIMIZER = OptimizerConfig(
     lr=1e-3, lr_decay_style="constant", clip_grad=0.0, weight_decay=0.1, adam_eps=EPSILON
 )
+# Without the distributed optimizer every rank has whole gradients to look at.
+WHOLE_GRADIENTS = ParallelConfig(use_distributed_optimizer=False)
 
 
-def train(state, folder, lora, values, output, training=None):
+def train(state, folder, lora, values, output, training=None, parallel=WHOLE_GRADIENTS):
     """Losses, gradient norms, gradients of the first step, and factors after all steps."""
     table = weight_table(read_config(folder))
     factors = adapter_table(table, lora)
     no_balance = MoEConfig(moe_aux_loss_coeff=(0.0,))
     bare = attached(state, folder, lora, values, moe=no_balance, training=training)
+    keep_graph_connected(bare)
     before = {name: t.clone() for name, t in bare[0].named_parameters() if not t.requires_grad}
-    # Without the distributed optimizer every rank has whole gradients to look at.
-    parallel = ParallelConfig(use_distributed_optimizer=False)
     chunks = wrap_chunks(bare, parallel=parallel, grad_reduce_in_fp32=True)
     optimizer = build_optimizer(chunks, OPTIMIZER)
     scheduler = build_scheduler(optimizer, OPTIMIZER, total_steps=STEPS)
@@ -54,13 +56,14 @@ def train(state, folder, lora, values, output, training=None):
         torch.distributed.all_reduce(sums)
         losses.append((sums[0] / sums[2]).item())
         norms.append(result.grad_norm)
-        if step == 0:
+        if step == 0 and parallel is WHOLE_GRADIENTS:
             main = [
                 {n: t.main_grad for n, t in chunk.named_parameters() if t.requires_grad}
                 for chunk in bare
             ]
             gradients = gathered(state, lookup_in(main), output / "gradients", factors)
     assert all(torch.equal(bare[0].get_parameter(name), before[name]) for name in before)
+    gather_parameters(chunks)
     values = gathered(state, adapter_lookup(bare, dtype=torch.float32), output / "values", factors)
     return losses, norms, gradients, values
 
@@ -140,6 +143,15 @@ ADAPTERS = {
         {"target_modules": ("all-router", "o_proj")},
         {"target_modules": ["o_proj"], "target_parameters": ["mlp.gate.weight"]},
     ),
+    # A pipeline stage with nothing to train, and a model with experts only.
+    "first_layer": (
+        {"target_modules": ("layers.0.self_attn.q_proj",)},
+        {"target_modules": ["layers.0.self_attn.q_proj"]},
+    ),
+    "experts": (
+        {"target_modules": ("experts.linear_fc1",)},
+        {"target_modules": r".*\.experts\.\d+\.(gate|up)_proj"},
+    ),
     "saved_modules": (
         {"modules_to_save": ("lm_head", "input_layernorm")},
         {"modules_to_save": ["lm_head", "input_layernorm"]},
@@ -211,6 +223,8 @@ CASES = [
     ("qwen3_moe_mixed", "router", "one"),
     ("qwen3_moe_mixed", "router", "tp2_ep2"),
     ("qwen3", "saved_modules", "tp2_pp2"),
+    ("qwen3", "first_layer", "pp2"),
+    ("qwen3_moe_mixed", "experts", "tp2_ep2"),
 ]
 
 
@@ -223,3 +237,39 @@ def test_training_is_that_of_peft(name, choice, sizes, judged, tmp_path):
     results = run_ranks(LAYOUTS[sizes], train, folder, lora, values, tmp_path)
     assert all(result[:2] == results[0][:2] for result in results), "ranks disagree"
     assert_same(results[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "recompute"),
+    [
+        ("qwen3", "pp2", TrainingConfig(recompute_granularity="full")),
+        ("qwen3_moe_mixed", "tp2_ep2", TrainingConfig(recompute_granularity="full")),
+        (
+            "qwen3_moe_mixed",
+            "etp2",
+            TrainingConfig(
+                recompute_granularity="selective", recompute_modules=("core_attn", "moe")
+            ),
+        ),
+    ],
+)
+def test_recomputing_changes_nothing(name, sizes, recompute, judged, tmp_path):
+    folder, lora, values, expected = judged(name, "all")
+    results = run_ranks(LAYOUTS[sizes], train, folder, lora, values, tmp_path, recompute)
+    assert_same(results[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "choice", "sizes"),
+    [
+        ("qwen3_moe_mixed", "all", "tp2_ep2"),
+        ("qwen3", "first_layer", "pp2"),
+        ("qwen2", "all", "dp2"),
+    ],
+)
+def test_the_distributed_optimizer_changes_nothing(name, choice, sizes, judged, tmp_path):
+    folder, lora, values, expected = judged(name, choice)
+    parallel = ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True)
+    arguments = (folder, lora, values, tmp_path, None, parallel)
+    losses, norms, _, trained = run_ranks(LAYOUTS[sizes], train, *arguments)[0]
+    assert_same((losses, norms, expected[2], trained), expected)

@@ -82,9 +82,18 @@ def attach_adapters(
             )
             _mark_factors(module.adapter, linear, state)
             module.__class__ = _ADAPT[linear.kind](type(module))
-            if hasattr(module, "return_layernorm_output"):
-                # Transformer Engine's linear with the norm in it: A takes the normalised input.
-                module.return_layernorm_output = True
+            _set_up_transformer_engine(module)
+
+
+def _set_up_transformer_engine(module: torch.nn.Module) -> None:
+    """Does nothing for other linears."""
+    if hasattr(module, "return_layernorm_output"):
+        # With the norm inside the linear: A takes the normalised input.
+        module.return_layernorm_output = True
+    if hasattr(module, "activation_dtype"):
+        # At the first forward it would refuse factors of another dtype than the weight's; a dtype
+        # that is set already counts as checked.
+        module.activation_dtype = module.weight.dtype
 
 
 def _plan(lora: LoraPlan, table: WeightTable, state: ParallelState, backend: Backend) -> Plan:
