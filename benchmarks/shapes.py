@@ -1,12 +1,14 @@
 """Published model shapes as config.json files, and random checkpoints of them.
 
 `python benchmarks/shapes.py qwen3-4b OUT --tokenizer DIR` writes a bfloat16 checkpoint with the
-tensor names of the hub, tensor by tensor, so that models larger than memory can be made.
+tensor names of the hub, part by part, so that models larger than memory can be made.
 """
 
 import argparse
 import json
+import math
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,36 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 36,
         "tie_word_embeddings": True,
     },
+    "qwen3-8b": {
+        **_QWEN3,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "tie_word_embeddings": False,
+    },
+    # Qwen3-30B-A3B has 48 layers.
+    "qwen3-30b-a3b-16l": {
+        **_QWEN3,
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 16,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "tie_word_embeddings": False,
+    },
 }
+# Weights that are made and written together. An expert's are small: one by one, most of the time
+# would go into waiting for the copy from the GPU.
+_PART_BYTES = 512 * 2**20
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], *, seed: int = 0) -> None:
@@ -56,12 +87,46 @@ def write_checkpoint(folder: Path, config: dict[str, Any], *, seed: int = 0) -> 
     generator = torch.Generator(device).manual_seed(seed)
     tensors = hf_tensors(weight_table(config))
     entries = [(name, "BF16", shape) for name, shape in tensors.items()]
+    parts = list(_parts(tensors.values()))
+    largest = max(_num_weights(part) for part in parts)
+    values = torch.empty(largest, dtype=torch.bfloat16, device=device)
+    # A pinned copy is several times faster than one to ordinary memory.
+    host = torch.empty(largest, dtype=torch.bfloat16, pin_memory=True) if device == "cuda" else None
     with SafetensorsWriter(folder / "model.safetensors", entries) as writer:
-        for shape in tensors.values():
-            values = torch.ones(shape, dtype=torch.bfloat16, device=device)
-            if len(shape) > 1:
-                values.normal_(std=0.02, generator=generator)
-            writer.append(values.cpu().flatten().view(torch.uint8))
+        for part in parts:
+            filled = _fill(values, part, generator)
+            if host is not None:
+                filled = host[: filled.numel()].copy_(filled)
+            writer.append(filled.view(torch.uint8))
+
+
+def _parts(shapes: Iterable[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Neighbours whose weights fit in `_PART_BYTES`; a larger tensor is a part of its own."""
+    part: list[tuple[int, ...]] = []
+    for shape in shapes:
+        if part and 2 * _num_weights([*part, shape]) > _PART_BYTES:
+            yield part
+            part = []
+        part.append(shape)
+    yield part
+
+
+def _num_weights(part: list[tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in part)
+
+
+def _fill(
+    values: torch.Tensor, part: list[tuple[int, ...]], generator: torch.Generator
+) -> torch.Tensor:
+    """Makes the weights of a part in front of a buffer [num_weights]; returns what is used."""
+    used = values[: _num_weights(part)]
+    sizes = [math.prod(shape) for shape in part]
+    for shape, weights in zip(part, used.split(sizes), strict=True):
+        if len(shape) > 1:
+            weights.normal_(std=0.02, generator=generator)
+        else:
+            weights.fill_(1.0)
+    return used
 
 
 def main() -> None:

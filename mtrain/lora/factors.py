@@ -59,35 +59,40 @@ class LoraFactors(torch.nn.Module):
             "scales", None if isinstance(scales, float) else scales.to(device), persistent=False
         )
 
-    def scaled_b(self, lora_b: torch.Tensor) -> torch.Tensor:
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors as the linear applies them.
+
+        Always call the module for them: data parallelism may still be gathering what the last step
+        changed, and waits for it before a module is called.
+
+        Returns:
+            A [..., num_adapted * rank, in], and scaled B [..., out, num_adapted * rank].
+        """
+        return self.lora_a, self._scaled_b(self.lora_b)
+
+    def _scaled_b(self, lora_b: torch.Tensor) -> torch.Tensor:
         """B with a column for every row of A, times its scale.
 
         A row of the result has the numbers of `lora_b` in the columns of its own projection and
         zeros elsewhere, so that one product with A serves all projections.
-
-        Args:
-            lora_b: [..., out, rank], the parameter or what stands for it.
-
-        Returns:
-            [..., out, num_adapted * rank], float32 unless there is only one projection.
         """
         if self.scale is not None:
             return lora_b * self.scale
         return (lora_b.unsqueeze(-2) * self.scales.unsqueeze(-1)).flatten(-2)
 
-    def down(self, activations: torch.Tensor, *, is_split: bool) -> torch.Tensor:
-        """Applies A.
+    def down(
+        self, activations: torch.Tensor, lora_a: torch.Tensor, *, is_split: bool
+    ) -> torch.Tensor:
+        """Applies A: [..., in] -> [..., num_adapted * rank].
 
         Args:
             activations: [..., in].
+            lora_a: A.
             is_split: Whether ranks of the group have different activations, and therefore need
                 different random numbers for dropout.
-
-        Returns:
-            [..., num_adapted * rank].
         """
         dropped = self.drop(activations, is_split=is_split)
-        return F.linear(dropped, self.lora_a.to(activations.dtype))
+        return F.linear(dropped, lora_a.to(activations.dtype))
 
     def drop(self, activations: torch.Tensor, *, is_split: bool) -> torch.Tensor:
         """Dropout on what A is applied to."""
@@ -97,22 +102,6 @@ class LoraFactors(torch.nn.Module):
             with get_cuda_rng_tracker().fork():
                 return F.dropout(activations, self.dropout)
         return F.dropout(activations, self.dropout)
-
-    def add_up(self, output: torch.Tensor, low_rank: torch.Tensor) -> torch.Tensor:
-        """Applies B and adds the result, in one product that reads and writes the output once.
-
-        Args:
-            output: [..., out], of the linear itself.
-            low_rank: [..., num_adapted * rank], from `down`.
-
-        Returns:
-            [..., out].
-        """
-        scaled_b = self.scaled_b(self.lora_b).to(low_rank.dtype)
-        if output.dtype != low_rank.dtype:
-            return output + F.linear(low_rank, scaled_b).to(output.dtype)
-        rows = torch.addmm(output.flatten(0, -2), low_rank.flatten(0, -2), scaled_b.t())
-        return rows.view_as(output)
 
     @torch.no_grad()
     def merged(self, weight: torch.Tensor, expert: int | None) -> torch.Tensor:
@@ -125,7 +114,7 @@ class LoraFactors(torch.nn.Module):
         lora_a, lora_b = self.lora_a.float(), self.lora_b.float()
         if expert is not None:
             lora_a, lora_b = lora_a[expert], lora_b[expert]
-        delta = self.scaled_b(lora_b) @ lora_a
+        delta = self._scaled_b(lora_b) @ lora_a
         if self.kind == "embedding":
             delta = delta.t()
         return (weight.float() + delta).to(weight.dtype)
@@ -133,3 +122,21 @@ class LoraFactors(torch.nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
         """Moves, but keeps dtypes: half-precision wrappers cast whole models."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
+
+
+def add_up(output: torch.Tensor, low_rank: torch.Tensor, scaled_b: torch.Tensor) -> torch.Tensor:
+    """Applies B and adds the result, in one product that reads and writes the output once.
+
+    Args:
+        output: [..., out], of the linear itself.
+        low_rank: [..., num_adapted * rank], from `LoraFactors.down`.
+        scaled_b: [out, num_adapted * rank].
+
+    Returns:
+        [..., out].
+    """
+    scaled_b = scaled_b.to(low_rank.dtype)
+    if output.dtype != low_rank.dtype:
+        return output + F.linear(low_rank, scaled_b).to(output.dtype)
+    rows = torch.addmm(output.flatten(0, -2), low_rank.flatten(0, -2), scaled_b.t())
+    return rows.view_as(output)

@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch.nn.functional import grouped_mm
 
-from mtrain.lora.factors import LoraFactors
+from mtrain.lora.factors import LoraFactors, add_up
 
 
 @cache
@@ -43,14 +43,15 @@ def adapt_column_linear(base: type) -> type:
                 # Transformer Engine's norm is inside the linear; attach asked for what it gives.
                 output, input_ = output
             adapter = self.adapter
-            low_rank = adapter.down(input_, is_split=adapter.is_sequence_parallel)
+            lora_a, scaled_b = adapter()
+            low_rank = adapter.down(input_, lora_a, is_split=adapter.is_sequence_parallel)
             if adapter.is_sequence_parallel:
                 low_rank = gather_from_sequence_parallel_region(
                     low_rank, tensor_parallel_output_grad=True, group=adapter.group
                 )
             elif adapter.group.size() > 1:
                 low_rank = copy_to_tensor_model_parallel_region(low_rank, group=adapter.group)
-            return adapter.add_up(output, low_rank), bias
+            return add_up(output, low_rank, scaled_b), bias
 
     return AdaptedColumnLinear
 
@@ -66,8 +67,9 @@ def adapt_row_linear(base: type) -> type:
             """[seq, batch, in / tp_size] -> [seq (/ tp_size), batch, out]."""
             output, bias = super().forward(input_)
             adapter = self.adapter
-            low_rank = adapter.down(input_, is_split=True)
-            return adapter.add_up(output, _reduced(low_rank, adapter)), bias
+            lora_a, scaled_b = adapter()
+            low_rank = adapter.down(input_, lora_a, is_split=True)
+            return add_up(output, _reduced(low_rank, adapter), scaled_b), bias
 
     return AdaptedRowLinear
 
@@ -81,8 +83,10 @@ def adapt_router(base: type) -> type:
 
         def gating(self, input: torch.Tensor) -> torch.Tensor:
             """[seq, batch, hidden] -> logits [seq, batch, experts]."""
-            low_rank = self.adapter.down(input, is_split=self.adapter.is_sequence_parallel)
-            return self.adapter.add_up(super().gating(input), low_rank)
+            adapter = self.adapter
+            lora_a, scaled_b = adapter()
+            low_rank = adapter.down(input, lora_a, is_split=adapter.is_sequence_parallel)
+            return add_up(super().gating(input), low_rank, scaled_b)
 
     return AdaptedRouter
 
@@ -100,11 +104,12 @@ def adapt_embedding(base: type) -> type:
             adapter = self.adapter
             outside = (input_ < self.vocab_start_index) | (input_ >= self.vocab_end_index)
             local = (input_ - self.vocab_start_index).masked_fill(outside, 0)
-            columns = adapter.lora_a.to(output.dtype).t()
+            lora_a, scaled_b = adapter()
+            columns = lora_a.to(output.dtype).t()
             low_rank = F.embedding(local, columns).masked_fill(outside.unsqueeze(-1), 0)
             if adapter.is_sequence_parallel:
                 low_rank = low_rank.transpose(0, 1).contiguous()
-            return adapter.add_up(output, _reduced(low_rank, adapter))
+            return add_up(output, _reduced(low_rank, adapter), scaled_b)
 
     return AdaptedEmbedding
 
@@ -125,20 +130,19 @@ def adapt_grouped_linear(base: type) -> type:
             """Rows sorted by expert [rows, in] and the end of each expert's rows -> [rows, out]."""
             output = super().forward(tokens, ends)
             adapter = self.adapter
-            lora_a, lora_b = adapter.lora_a, adapter.lora_b
+            lora_a, scaled_b = adapter()
             if tokens.shape[0] == 0:
                 # Both still take part, so that their gradients are zero and not missing.
-                return output + (lora_a.sum() + lora_b.sum()).to(output.dtype) * 0
+                return output + (lora_a.sum() + scaled_b.sum()).to(output.dtype) * 0
             if adapter.group.size() > 1:
-                is_row = self.weight.partition_dim == 2
-                if is_row:
-                    lora_b = copy_to_tensor_model_parallel_region(lora_b, group=adapter.group)
+                if self.weight.partition_dim == 2:
+                    scaled_b = copy_to_tensor_model_parallel_region(scaled_b, group=adapter.group)
                 else:
                     lora_a = copy_to_tensor_model_parallel_region(lora_a, group=adapter.group)
             # Grouped products on GPUs want rows of a multiple of 16 bytes.
             missing = -lora_a.shape[1] % 8
             lora_a = F.pad(lora_a.to(tokens.dtype), (0, 0, 0, missing))
-            scaled_b = F.pad(adapter.scaled_b(lora_b).to(tokens.dtype), (0, missing))
+            scaled_b = F.pad(scaled_b.to(tokens.dtype), (0, missing))
             dropped = adapter.drop(tokens, is_split=True)
             low_rank = grouped_mm(dropped, lora_a.transpose(1, 2), offs=ends)
             return output + grouped_mm(low_rank, scaled_b.transpose(1, 2), offs=ends)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mtrain.bridge.rules import HFTensor, Interleaved, Rule
-from mtrain.lora.factors import LoraFactors
+from mtrain.lora.factors import LoraFactors, add_up
 from mtrain.lora.plan import AdaptedLinear, Adapter
 
 QKV = Rule(
@@ -63,7 +63,8 @@ def delta_row_by_row(factors):
 
 def test_each_row_meets_the_a_of_its_own_projection():
     factors = make_factors()
-    delta = factors.scaled_b(factors.lora_b) @ factors.lora_a
+    lora_a, scaled_b = factors()
+    delta = scaled_b @ lora_a
     torch.testing.assert_close(delta, delta_row_by_row(factors))
     assert not delta[2].any(), "a projection without adapter got something"
 
@@ -71,7 +72,8 @@ def test_each_row_meets_the_a_of_its_own_projection():
 def test_down_and_up_apply_the_delta():
     factors = make_factors()
     activations, output = torch.randn(5, 1, 6), torch.randn(5, 1, 8)
-    ours = factors.add_up(output, factors.down(activations, is_split=False))
+    lora_a, scaled_b = factors()
+    ours = add_up(output, factors.down(activations, lora_a, is_split=False), scaled_b)
     expected = output + F.linear(activations, delta_row_by_row(factors))
     torch.testing.assert_close(ours, expected)
 
@@ -79,9 +81,10 @@ def test_down_and_up_apply_the_delta():
 def test_an_output_of_another_dtype_keeps_its_dtype():
     """Routers give float32 logits for half-precision activations."""
     factors = make_factors()
-    low_rank = factors.down(torch.randn(5, 1, 6).bfloat16(), is_split=False)
+    lora_a, scaled_b = factors()
+    low_rank = factors.down(torch.randn(5, 1, 6).bfloat16(), lora_a, is_split=False)
     assert low_rank.dtype == torch.bfloat16
-    assert factors.add_up(torch.randn(5, 1, 8), low_rank).dtype == torch.float32
+    assert add_up(torch.randn(5, 1, 8), low_rank, scaled_b).dtype == torch.float32
 
 
 def test_casting_the_model_leaves_the_factors_alone():
