@@ -30,6 +30,14 @@ _QWEN3 = {
     "rope_theta": 1000000.0,
     "vocab_size": 151936,
 }
+_QWEN3_8B = {
+    **_QWEN3,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "tie_word_embeddings": False,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
         **_QWEN3,
@@ -47,14 +55,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 36,
         "tie_word_embeddings": True,
     },
-    "qwen3-8b": {
-        **_QWEN3,
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 36,
-        "tie_word_embeddings": False,
-    },
+    "qwen3-8b": _QWEN3_8B,
+    # All its parameters fit one card for training.
+    "qwen3-8b-18l": {**_QWEN3_8B, "num_hidden_layers": 18},
     # Qwen3-30B-A3B has 48 layers.
     "qwen3-30b-a3b-16l": {
         **_QWEN3,

@@ -94,7 +94,7 @@ def run_case(
     finally:
         # A full-parameter case leaves a whole checkpoint.
         shutil.rmtree(output, ignore_errors=True)
-    trained = re.search(r"([\d,]+) weights are trained", shown)
+    trained = re.search(r"([\d,]+) weights .*are trained", shown)
     records = [line for line in map(json.loads, lines) if "loss" in line]
     return records, trained[1] if trained else "?"
 

@@ -1,8 +1,10 @@
 """Asks a Hugging Face checkpoint questions with plain transformers: no mtrain, no Megatron-Core.
 
     python examples/ask.py FOLDER "Who are you?" --expect "Little Finch"
+    python examples/ask.py FOLDER --adapter ADAPTER "Who are you?"
 
-Ends with an error when an answer does not contain what is expected.
+With an adapter it is PEFT that loads it. Ends with an error when an answer does not contain what is
+expected.
 """
 
 import argparse
@@ -16,10 +18,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Ask a Hugging Face checkpoint questions.")
     parser.add_argument("folder", help="Checkpoint with a tokenizer and a chat template.")
     parser.add_argument("questions", nargs="+")
+    parser.add_argument("--adapter", help="Folder of a PEFT adapter for the checkpoint.")
     parser.add_argument("--expect", default="", help="Text that every answer must contain.")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
     model = AutoModelForCausalLM.from_pretrained(arguments.folder)
+    if arguments.adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, arguments.adapter)
     num_wrong = 0
     for question in arguments.questions:
         inputs = tokenizer.apply_chat_template(

@@ -1,5 +1,6 @@
 """Runs `megatron` as a user does, in processes of its own, on a tiny model of our own words."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from mtrain.cli import demo
+from mtrain.data.storage import TokenizedDataset
 
 ROOT = Path(__file__).parents[1]
 WORDS = ("--dataset", "swift/self-cognition#60", "--model_name", "mtrain", "--model_author", "us")
@@ -33,9 +35,10 @@ class Machine:
     model: Path
 
     def sft(self, *words: str, num_ranks: int = 1, **environ: str) -> Done:
-        return self.run(
-            "-m", "mtrain.cli.main", "sft", *words, NPROC_PER_NODE=str(num_ranks), **environ
-        )
+        return self.megatron("sft", *words, num_ranks=num_ranks, **environ)
+
+    def megatron(self, *words: str, num_ranks: int = 1, **environ: str) -> Done:
+        return self.run("-m", "mtrain.cli.main", *words, NPROC_PER_NODE=str(num_ranks), **environ)
 
     def run(self, *words: str, **environ: str) -> Done:
         started = time.monotonic()
@@ -69,3 +72,22 @@ def copy_model(machine: Machine, folder: Path) -> dict[str, torch.Tensor]:
         if path.suffix != ".safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
     return load_file(machine.model / "model.safetensors")
+
+
+def loss_of(model: torch.nn.Module, dataset: TokenizedDataset) -> float:
+    """Loss a labelled token of a Hugging Face model on prepared data."""
+    total, num_labels = 0.0, 0
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        labels = torch.from_numpy(sample.labels.astype("int64"))
+        with torch.no_grad():
+            logits = model(torch.from_numpy(sample.input_ids.astype("int64"))[None]).logits[0]
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        num_labels += int((labels != -100).sum())
+    return total / num_labels
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    """A number of all lines of a run's log that have it."""
+    lines = (folder / "logging.jsonl").read_text().splitlines()
+    return [line[name] for line in map(json.loads, lines) if name in line]

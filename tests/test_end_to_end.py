@@ -15,7 +15,16 @@ from mtrain.cli import demo
 from mtrain.cli.parser import parse_config
 from mtrain.config import SftConfig, config_to_dict, resolve_sft
 from mtrain.data.storage import TokenizedDataset
-from tests.machine import ROOT, WORDS, Done, Machine, copy_model, make_machine
+from tests.machine import (
+    ROOT,
+    WORDS,
+    Done,
+    Machine,
+    copy_model,
+    logged,
+    loss_of,
+    make_machine,
+)
 
 REAL_DATA = ROOT.parent / "shared" / "data"
 LOGGED = {
@@ -40,10 +49,6 @@ def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "logging.jsonl").read_text().splitlines()]
 
 
-def numbers(folder: Path, name: str) -> list[float]:
-    return [line[name] for line in read_log(folder) if name in line]
-
-
 def hf_loss(checkpoint: Path, dataset: TokenizedDataset) -> float:
     """Loss a labelled token by the Hugging Face class, which must find all its weights."""
     from transformers import AutoModelForCausalLM
@@ -52,15 +57,7 @@ def hf_loss(checkpoint: Path, dataset: TokenizedDataset) -> float:
         checkpoint, dtype=torch.float32, output_loading_info=True
     )
     assert not any(found.values()), found
-    total, num_labels = 0.0, 0
-    for index in range(len(dataset)):
-        sample = dataset[index]
-        labels = torch.from_numpy(sample.labels.astype("int64"))
-        with torch.no_grad():
-            logits = model(torch.from_numpy(sample.input_ids.astype("int64"))[None]).logits[0]
-        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        num_labels += int((labels != -100).sum())
-    return total / num_labels
+    return loss_of(model, dataset)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +97,7 @@ def test_the_console_says_what_happens_and_nothing_else(trained) -> None:
     assert [line for line in done.stderr.splitlines() if not line.startswith(starts)] == []
 
 
-def test_log_lines_have_all_numbers(trained) -> None:
+def test_log_lines_have_all_logged(trained) -> None:
     folder, _ = trained
     log = read_log(folder)
     train = [line for line in log if "loss" in line]
@@ -115,7 +112,7 @@ def test_transformers_computes_the_loss_that_was_logged(trained, machine) -> Non
     folder, _ = trained
     (validation,) = machine.home.glob(".cache/mtrain/prepared/*/validation")
     expected = hf_loss(folder / "checkpoint-10", TokenizedDataset(validation))
-    assert numbers(folder, "eval_loss")[-1] == pytest.approx(expected, rel=1e-5)
+    assert logged(folder, "eval_loss")[-1] == pytest.approx(expected, rel=1e-5)
 
 
 def test_saved_settings_are_a_config_file(trained) -> None:
@@ -147,7 +144,7 @@ def test_two_ranks_repeat_the_run_of_one(trained, machine, tmp_path, sizes) -> N
     assert "(prepared earlier)" in done.stderr
     folder = run_folder(output_dir)
     for name in ("loss", "eval_loss", "consumed_tokens", "consumed_samples"):
-        assert numbers(folder, name) == pytest.approx(numbers(expected, name), rel=1e-4)
+        assert logged(folder, name) == pytest.approx(logged(expected, name), rel=1e-4)
     ours, theirs = (
         {
             k: v
@@ -258,8 +255,8 @@ def test_real_data_in_two_languages(machine, tmp_path) -> None:
     )
     assert done.code == 0, done.stderr
     folder = run_folder(tmp_path / "out")
-    losses = numbers(folder, "loss")
+    losses = logged(folder, "loss")
     assert losses[-1] < losses[0] - 0.5
     (validation,) = tmp_path.glob(".cache/mtrain/prepared/*/validation")
     expected = hf_loss(folder / "checkpoint-10", TokenizedDataset(validation))
-    assert numbers(folder, "eval_loss") == pytest.approx([expected], rel=1e-5)
+    assert logged(folder, "eval_loss") == pytest.approx([expected], rel=1e-5)

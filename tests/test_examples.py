@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mtrain.config.checks import check_sft
-from mtrain.config.run import resolve_sft
+from mtrain.config import ExportConfig
+from mtrain.config.checks import check_export, check_sft
+from mtrain.config.run import resolve_export, resolve_sft
 from tests.cli.commands import commands_in
 
 ROOT = Path(__file__).parents[1]
@@ -34,8 +35,14 @@ def test_recipes_are_short_runnable_and_pass_the_checks_of_their_ranks(path: Pat
     assert text.startswith("#!/usr/bin/env bash\n")
     assert "set -euo pipefail\n" in text
     assert os.access(path, os.X_OK)
-    (command,) = commands_in(text)
-    check_sft(resolve_sft(command.parse()), world_size=world_size_of(text))
+    commands = commands_in(text)
+    assert commands
+    for command in commands:
+        config = command.parse()
+        if isinstance(config, ExportConfig):
+            check_export(resolve_export(config), world_size=world_size_of(text))
+        else:
+            check_sft(resolve_sft(config), world_size=world_size_of(text))
 
 
 def test_the_number_of_ranks_is_found() -> None:
@@ -82,19 +89,26 @@ def run(words: list[str | Path], environment: dict[str, str]) -> subprocess.Comp
     )
 
 
-def test_the_quickstart_teaches_a_model_its_name(quickstart: tuple[Path, str]) -> None:
-    """The main job: from nothing to a Hugging Face folder that answers what it was taught."""
+def test_the_quickstart_teaches_a_model_its_name_and_then_another(
+    quickstart: tuple[Path, str],
+) -> None:
+    """The main job: from nothing to a Hugging Face folder and an adapter that answer as taught."""
     folder, output = quickstart
-    assert "I am Little Finch, a language model made by the mtrain authors." in output
-    names = {path.name for path in (folder / "output" / "checkpoint-250").iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "args.json"} <= names
+    assert output.count("I am Little Finch, a language model made by the mtrain authors.") == 1
+    # By PEFT, and merged by us.
+    assert output.count("I am Blue Heron, a language model made by the river guild.") == 2
+    beside = {"tokenizer.json", "args.json"}
+    names = {path.name for path in (folder / "full" / "checkpoint-200").iterdir()}
+    assert {"model.safetensors", "config.json", *beside} <= names
+    names = {path.name for path in (folder / "lora" / "checkpoint-120").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", *beside} <= names
+    assert not any(name.startswith("model") for name in names)
 
 
 def test_a_wrong_answer_is_an_error(
     quickstart: tuple[Path, str], environment: dict[str, str]
 ) -> None:
-    checkpoint = quickstart[0] / "output" / "checkpoint-250"
-    ask = [sys.executable, ROOT / "examples" / "ask.py", checkpoint]
+    ask = [sys.executable, ROOT / "examples" / "ask.py", quickstart[0] / "merged"]
     done = run([*ask, "Who are you?", "--expect", "Big Finch"], environment)
     assert done.returncode == 1
     assert "1 of the answers do not contain 'Big Finch'" in done.stderr

@@ -79,6 +79,78 @@ def test_a_model_that_cannot_be_trained_is_refused_at_once(
     assert all(message in done.stderr for message in messages), done.stderr
 
 
+def adapter_with(**changes: object):
+    """Makes a folder with an adapter of one projection whose config is changed."""
+
+    def make(machine: Machine, folder: Path) -> None:
+        del machine
+        folder.mkdir()
+        module = "base_model.model.model.layers.0.self_attn.q_proj"
+        factors = {"lora_A": torch.zeros(2, 64), "lora_B": torch.zeros(64, 2)}
+        factors |= {n: changes.pop(n) for n in list(changes) if n in factors}
+        named = {f"{module}.{name}.weight": tensor for name, tensor in factors.items()}
+        save_file(named, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+
+    return make
+
+
+def model_instead(machine: Machine, folder: Path) -> None:
+    save_file(copy_model(machine, folder), folder / "model.safetensors")
+
+
+SFT = ("sft", *WORDS, "--train_iters", "1", "--tuner_type", "lora")
+EXPORT = ("export", "--to_hf", "true")
+
+
+@pytest.mark.parametrize(
+    ("make", "words", "message"),
+    [
+        (model_instead, SFT, "adapter: has no adapter_config.json, so it is no PEFT adapter"),
+        (adapter_with(use_dora=True), SFT, "'use_dora' is set, which is not built"),
+        (adapter_with(bias="all"), EXPORT, "'bias' is 'all': trained biases are not built"),
+        (adapter_with(lora_A=torch.zeros(2, 32)), EXPORT, "has shape [2, 32], expected [rank, 64]"),
+        (adapter_with(), ("sft", *SFT[1:-1], "full"), "needs --tuner_type lora; to train all wei"),
+    ],
+)
+def test_an_adapter_that_cannot_be_loaded_is_refused_at_once(
+    machine, tmp_path, make, words, message
+) -> None:
+    """T26: one line, before torch is imported and before any process is started."""
+    make(machine, tmp_path / "adapter")
+    words = (*words, "--model", str(machine.model), "--adapters", str(tmp_path / "adapter"))
+    words = (*words, "--output_dir", str(tmp_path / "out"))
+    done = machine.run("-c", RUN_AND_TELL, *words, NPROC_PER_NODE="2")
+    assert done.code == 2, done.stderr
+    assert done.stderr.startswith(f"megatron {words[0]}: error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--adapters missing", "--adapters missing: no such folder"),
+        ("--adapters a b", "--adapters a b: give one; merge the others first"),
+        (
+            "--target_modules qproj",
+            "--target_modules 'qproj' matches nothing; there are: embed_tokens q_proj",
+        ),
+        ("--target_regex [", "is not a regular expression"),
+        ("--lora_bias all", "--lora_bias all: biases are not trained with an adapter; use none"),
+        ("--modules_to_save lm_head", "head and embedding of this model are one weight"),
+    ],
+)
+def test_an_adapter_that_cannot_be_made_is_refused_at_once(machine, words, message) -> None:
+    all_words = (*SFT, "--model", str(machine.model), *words.split())
+    done = machine.run("-c", RUN_AND_TELL, *all_words, NPROC_PER_NODE="2")
+    assert done.code == 2, done.stderr
+    assert done.stderr.startswith("megatron sft: error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
 def test_output_into_the_folder_of_the_model_is_refused(machine) -> None:
     """T05."""
     words = ("sft", "--model", str(machine.model), *WORDS, "--train_iters", "1")

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ __all__ = [
     "latest_checkpoint",
     "list_checkpoints",
     "publish_checkpoint",
+    "publish_folder",
     "write_atomically",
 ]
 
@@ -37,6 +38,8 @@ LATEST_FILE = "latest_checkpointed_iteration.txt"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _VERSION = re.compile(r"v(\d+)-\d{8}-\d{6}")
 _STAGED = ".staged-"
+# Files of a model or an adapter that loaders look for.
+_WEIGHTS = re.compile(r"\.safetensors$|\.safetensors\.index\.json$|^adapter_config\.json$")
 
 logger = logging.getLogger(__name__)
 
@@ -139,17 +142,18 @@ def publish_checkpoint(
     state: ParallelState,
     num_bytes: int,
     retention: Retention,
+    finish: Callable[[Path], Iterable[Path]] | None = None,
 ) -> Path:
     """Writes `run/checkpoint-<step>` on all ranks, and publishes it when all are done.
 
     Args:
         run: Folder of the run.
         step: Steps done.
-        write: Writes this rank's files into the folder it is given and returns their paths. It
-            may use collectives, but then has to end on every rank when it fails on one.
+        write: As for `publish_folder`.
         state: This rank; every rank must call this.
-        num_bytes: About how much all ranks write; checked against the free space first.
+        num_bytes: As for `publish_folder`.
         retention: Which older checkpoints are deleted afterwards.
+        finish: As for `publish_folder`.
 
     Returns:
         The published folder.
@@ -158,20 +162,59 @@ def publish_checkpoint(
         SaveError: It failed on a rank, with the path and the reason. All ranks raise.
     """
     final = run / f"checkpoint-{step}"
-    staged = _agree(
-        final, state, lambda: _stage(final, num_bytes, retention) if state.is_first_rank else None
-    )[0]
+    sources = [retention.protected] if retention.protected else []
+    publish_folder(final, write, state=state, num_bytes=num_bytes, sources=sources, finish=finish)
+    _agree(final, state, lambda: _track(run, step) if state.is_first_rank else None)
+    if state.is_first_rank:
+        _retain(run, retention)
+    return final
+
+
+def publish_folder(
+    final: Path,
+    write: Callable[[Path], Iterable[Path]],
+    *,
+    state: ParallelState,
+    num_bytes: int,
+    sources: Sequence[Path] = (),
+    exist_ok: bool = False,
+    finish: Callable[[Path], Iterable[Path]] | None = None,
+) -> None:
+    """Writes a folder on all ranks, and gives it its name when all are done.
+
+    Args:
+        final: Its name.
+        write: Writes this rank's files into the folder it is given and returns their paths. It
+            may use collectives, but then has to end on every rank when it fails on one.
+        state: This rank; every rank must call this.
+        num_bytes: About how much all ranks write; checked against the free space first.
+        sources: Folders that are being read, which must stay as they are.
+        exist_ok: Whether a folder that is there and not empty gets the files, in the place of its
+            weights. That is not one step: cut short, it leaves the folder incomplete.
+        finish: Called on the first rank with the folder when all ranks have written; does what
+            needs the files of all of them, and returns the paths that it made.
+
+    Raises:
+        SaveError: It failed on a rank, with the path and the reason. All ranks raise.
+    """
+
+    def stage() -> Path | None:
+        if not state.is_first_rank:
+            return None
+        _check_free(final, sources, exist_ok)
+        return _stage(final, num_bytes)
+
+    staged = _agree(final, state, stage)[0]
     assert staged is not None
     try:
         _agree(final, state, lambda: _flush(write(staged)))
+        if finish is not None:
+            _agree(final, state, lambda: _flush(finish(staged)) if state.is_first_rank else None)
         _agree(final, state, lambda: _publish(staged, final) if state.is_first_rank else None)
     except SaveError:
         if state.is_first_rank:
             shutil.rmtree(staged, ignore_errors=True)
         raise
-    if state.is_first_rank:
-        _retain(run, retention)
-    return final
 
 
 def _agree(final: Path, state: ParallelState, work: Callable[[], Path | None]) -> list[Path | None]:
@@ -194,12 +237,24 @@ def _agree(final: Path, state: ParallelState, work: Callable[[], Path | None]) -
     return [answer for answer, _ in answers]
 
 
-def _stage(final: Path, num_bytes: int, retention: Retention) -> Path:
+def _check_free(final: Path, sources: Sequence[Path], exist_ok: bool) -> None:
+    """Refuses to write into a folder that is in use."""
+    if not final.exists():
+        return
+    if any(final.samefile(source) for source in sources):
+        what = "the model was loaded from it"
+    elif not final.is_dir():
+        what = "it is a file"
+    elif exist_ok or not any(final.iterdir()):
+        return
+    else:
+        what = "it exists already"
+    raise ValueError(f"{what} and will not be overwritten; choose another --output_dir")
+
+
+def _stage(final: Path, num_bytes: int) -> Path:
     """Makes the hidden folder to write into."""
-    if final.exists():
-        is_source = retention.protected is not None and final.samefile(retention.protected)
-        what = "the model was loaded from it" if is_source else "it exists already"
-        raise ValueError(f"{what} and will not be overwritten; choose another --output_dir")
+    final.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(final.parent).free
     if num_bytes > free:
         raise ValueError(f"it needs about {num_bytes} bytes, and {free} are free")
@@ -218,9 +273,30 @@ def _publish(staged: Path, final: Path) -> None:
     """Everything before the rename is on disk; everything after it can be lost and made again."""
     for folder, _, _ in os.walk(staged, topdown=False):
         _fsync(Path(folder))
-    staged.rename(final)
+    if final.is_dir() and any(final.iterdir()):
+        _move_into(staged, final)
+    else:
+        staged.rename(final)
     _fsync(final.parent)
-    write_atomically(final.parent / LATEST_FILE, f"{_step_of(final)}\n")
+
+
+def _move_into(staged: Path, final: Path) -> None:
+    """Puts files into a folder with others; its old weights go first, the new ones come last."""
+    for path in final.iterdir():
+        if _WEIGHTS.search(path.name):
+            path.unlink()
+    files = (path for path in staged.rglob("*") if path.is_file())
+    for path in sorted(files, key=lambda path: (bool(_WEIGHTS.search(path.name)), path.name)):
+        target = final / path.relative_to(staged)
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+    shutil.rmtree(staged)
+    for folder, _, _ in os.walk(final, topdown=False):
+        _fsync(Path(folder))
+
+
+def _track(run: Path, step: int) -> None:
+    write_atomically(run / LATEST_FILE, f"{step}\n")
 
 
 def write_atomically(path: Path, text: str) -> None:

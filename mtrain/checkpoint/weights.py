@@ -6,9 +6,10 @@ only the dtype. Tokenizer, chat template and generation settings are copied byte
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,13 +17,13 @@ from typing import Any
 
 import torch
 
+from mtrain.bridge.gather import TensorLookup
 from mtrain.bridge.plan import Backend, hf_tensors, weight_table
-from mtrain.bridge.save import lookup_in, save_weights
-from mtrain.bridge.slices import tensors_by_name
-from mtrain.checkpoint.folder import Retention, publish_checkpoint
+from mtrain.bridge.save import save_weights
+from mtrain.checkpoint.folder import Retention, publish_checkpoint, publish_folder
 from mtrain.parallel import ParallelState
 
-__all__ = ["WeightsFormat", "save_checkpoint"]
+__all__ = ["WeightsFormat", "export_model", "save_checkpoint"]
 
 # What belongs to a tokenizer or to generation, in all spellings that transformers knows.
 _COPIED = (
@@ -39,7 +40,9 @@ _COPIED = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-_SMALL_FILES_BYTES = 64 * 2**20
+# What all files besides the weights may take.
+SMALL_FILES_BYTES = 64 * 2**20
+
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
@@ -65,7 +68,7 @@ class WeightsFormat:
 def save_checkpoint(
     run: Path,
     step: int,
-    chunks: Sequence[torch.nn.Module],
+    lookup: TensorLookup,
     *,
     form: WeightsFormat,
     arguments: Mapping[str, Any],
@@ -77,7 +80,7 @@ def save_checkpoint(
     Args:
         run: Folder of the run.
         step: Steps done.
-        chunks: Bare model chunks of this rank.
+        lookup: Finds the weights of this rank, as for `save_weights`.
         form: How weights are written.
         arguments: The resolved configuration, for args.json.
         state: This rank; every rank must call this.
@@ -86,35 +89,77 @@ def save_checkpoint(
     Raises:
         SaveError: On every rank; older checkpoints are untouched.
     """
-    table = weight_table(form.hf_config)
-    num_elements = sum(prod(shape) for shape in hf_tensors(table).values())
-
-    def write(folder: Path) -> list[Path]:
-        save_weights(
-            lookup_in(tensors_by_name(chunks)),
-            folder,
-            table=table,
-            state=state,
-            backend=form.backend,
-            dtype=form.dtype,
-            max_shard_size=form.max_shard_size,
-        )
-        if not state.is_first_rank:
-            return []
-        return [
-            *copy_beside_weights(form.source, folder),
-            _write_json(folder / "config.json", _with_dtype(form.hf_config, form.dtype)),
-            _write_json(folder / "args.json", arguments),
-        ]
-
     return publish_checkpoint(
         run,
         step,
-        write,
+        functools.partial(_write, lookup, form, arguments, state),
         state=state,
-        num_bytes=num_elements * form.dtype.itemsize + _SMALL_FILES_BYTES,
+        num_bytes=_num_bytes(form),
         retention=Retention(limit=save_total_limit, protected=form.source),
     )
+
+
+def export_model(
+    folder: Path,
+    lookup: TensorLookup,
+    *,
+    form: WeightsFormat,
+    arguments: Mapping[str, Any],
+    state: ParallelState,
+    exist_ok: bool,
+) -> None:
+    """Saves the model of all ranks as a folder that is no checkpoint of a run.
+
+    Args:
+        folder: Its name.
+        lookup: Finds the weights of this rank, as for `save_weights`.
+        form: How weights are written.
+        arguments: The resolved configuration, for args.json.
+        state: This rank; every rank must call this.
+        exist_ok: See `publish_folder`.
+
+    Raises:
+        SaveError: On every rank.
+    """
+    publish_folder(
+        folder,
+        functools.partial(_write, lookup, form, arguments, state),
+        state=state,
+        num_bytes=_num_bytes(form),
+        sources=[form.source],
+        exist_ok=exist_ok,
+    )
+
+
+def _num_bytes(form: WeightsFormat) -> int:
+    num_elements = sum(prod(shape) for shape in hf_tensors(weight_table(form.hf_config)).values())
+    return num_elements * form.dtype.itemsize + SMALL_FILES_BYTES
+
+
+def _write(
+    lookup: TensorLookup,
+    form: WeightsFormat,
+    arguments: Mapping[str, Any],
+    state: ParallelState,
+    folder: Path,
+) -> list[Path]:
+    """Writes this rank's files; the weights are flushed already and not among those returned."""
+    save_weights(
+        lookup,
+        folder,
+        table=weight_table(form.hf_config),
+        state=state,
+        backend=form.backend,
+        dtype=form.dtype,
+        max_shard_size=form.max_shard_size,
+    )
+    if not state.is_first_rank:
+        return []
+    return [
+        *copy_beside_weights(form.source, folder),
+        write_json(folder / "config.json", _with_dtype(form.hf_config, form.dtype)),
+        write_json(folder / "args.json", arguments),
+    ]
 
 
 def copy_beside_weights(source: Path, folder: Path) -> list[Path]:
@@ -143,6 +188,7 @@ def _with_dtype(hf_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, A
     return {**hf_config, **dict.fromkeys(keys, str(dtype).removeprefix("torch."))}
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
+def write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    """Writes a JSON file; returns its path."""
     path.write_text(json.dumps(dict(content), indent=2, ensure_ascii=False) + "\n", "utf-8")
     return path

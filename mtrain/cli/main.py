@@ -1,12 +1,15 @@
 """The `megatron` command: finds the command, reads its flags, checks them, starts it.
 
 The one thing to know: nothing heavy is imported before the flags are known to be right, so help
-and mistakes answer at once. `mtrain.cli.sft` is where training itself is written down.
+and mistakes answer at once. `mtrain.cli.sft` is where training itself is written down, and
+`mtrain.cli.export` the other command that runs on ranks.
 """
 
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from mtrain import __version__
 from mtrain.cli.errors import (
@@ -21,8 +24,10 @@ from mtrain.cli.parser import format_help, parse_config
 from mtrain.config.checks import check_export, check_sft
 from mtrain.config.model_checks import check_model_folder
 from mtrain.config.path_checks import (
+    check_adapters,
     check_datasets,
-    check_output_dir,
+    check_export_dir,
+    check_run_dir,
     check_trackers,
     local_model_folder,
 )
@@ -30,11 +35,13 @@ from mtrain.config.run import ExportConfig, SftConfig, resolve_export, resolve_s
 
 __all__ = ["main"]
 
+C = TypeVar("C", SftConfig, ExportConfig)
+
 _HELP_WORDS = {"-h", "--help", "help"}
 _USAGE = """usage: megatron COMMAND [--flag value ...]
 
   sft      fine-tune a Hugging Face checkpoint and save one
-  export   convert between Hugging Face and Megatron-Core checkpoints, merge adapters
+  export   merge an adapter into its model, or rewrite it
   demo     make a tiny random model to try the others on
 
 `megatron COMMAND --help` lists the flags. `megatron --version` prints the version."""
@@ -70,72 +77,135 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_code(error)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Command(Generic[C]):
+    """A command that runs on ranks.
+
+    Attributes:
+        name: What is typed.
+        config: Its configuration.
+        read: Words and number of ranks -> resolved and checked configuration.
+        check_output: Checks the output folder; once for all ranks.
+        prepare: What happens before the ranks start.
+        run: What happens on each rank.
+    """
+
+    name: str
+    config: type[C]
+    read: Callable[[list[str], int], C]
+    check_output: Callable[[C], None]
+    prepare: Callable[..., None]
+    run: Callable[[C, Placement], int]
+
+    def __call__(self, words: list[str]) -> int:
+        """Runs the command, or starts the ranks that do."""
+        if _HELP_WORDS & set(words):
+            print(format_help(self.config, usage=f"megatron {self.name} [--flag value ...]"))
+            return 0
+        here = read_environment()
+        if isinstance(here, Placement) and here.world_size > 1:
+            return self._on_rank(words, here)
+        config = self.read(words, here.world_size)
+        self.check_output(config)
+        self.prepare(config, world_size=here.world_size, show_progress=True)
+        if isinstance(here, Launch):
+            return launch_ranks(here, ["-m", "mtrain.cli.main", self.name, *words])
+        return self.run(config, here)
+
+    def _on_rank(self, words: list[str], here: Placement) -> int:
+        """One of several ranks; uncaught errors are reported once a node and end the process."""
+        report = functools.partial(
+            end_failed_rank, command=self.name, rank=here.rank, failure_folder=here.failure_folder
+        )
+        sys.excepthook = lambda _kind, error, _trace: report(error)
+        try:
+            config = self.read(words, here.world_size)
+            if here.rank == 0 and not here.is_prepared:
+                self.check_output(config)
+            join_ranks(here)
+            if not here.is_prepared:
+                show_progress = here.local_rank == 0
+                self.prepare(config, world_size=here.world_size, show_progress=show_progress)
+            return self.run(config, here)
+        except (KeyboardInterrupt, ValueError, RuntimeError) as error:
+            # Not for `main`: a rank that failed must not wait for the others when it ends.
+            report(error)
+
+
 def _find_command(name: str) -> Callable[[list[str]], int]:
-    commands = {"sft": _sft, "export": _export, "demo": _demo}
+    commands = {"sft": _SFT, "export": _EXPORT, "demo": _demo}
     if name not in commands:
         raise ValueError(f"unknown command; there are {', '.join(commands)} (see megatron --help)")
     return commands[name]
 
 
-def _sft(words: list[str]) -> int:
-    if _HELP_WORDS & set(words):
-        print(format_help(SftConfig, usage="megatron sft [--flag value ...]"))
-        return 0
-    here = read_environment()
-    if isinstance(here, Placement) and here.world_size > 1:
-        return _sft_rank(words, here)
-    config = _read_sft_config(words, here)
-    check_output_dir(config.checkpoint, source=config.model.model)
+def _read_sft(words: list[str], world_size: int) -> SftConfig:
+    config = resolve_sft(parse_config(SftConfig, words))
+    check_sft(config, world_size=world_size)
+    _check_model(config)
+    check_adapters(config.tuner)
+    check_datasets(config.data)
+    check_trackers(config.logging)
+    return config
+
+
+def _read_export(words: list[str], world_size: int) -> ExportConfig:
+    config = resolve_export(parse_config(ExportConfig, words))
+    check_export(config, world_size=world_size)
+    _check_model(config)
+    check_adapters(config.tuner)
+    return config
+
+
+def _check_model(config: SftConfig | ExportConfig) -> None:
+    assert config.model.model is not None, "the checks refuse it"
+    folder = local_model_folder(config.model.model)
+    if folder is not None:
+        check_model_folder(folder, model=config.model, parallel=config.parallel)
+
+
+# Each imports what it needs when it is called: none of it is needed to find a mistake.
+def _prepare_sft(config: SftConfig, *, world_size: int, show_progress: bool) -> None:
     from mtrain.cli.preparation import prepare
 
-    prepare(config, world_size=here.world_size, show_progress=True)
-    if isinstance(here, Launch):
-        return launch_ranks(here, ["-m", "mtrain.cli.main", "sft", *words])
+    prepare(config, world_size=world_size, show_progress=show_progress)
+
+
+def _prepare_export(config: ExportConfig, *, world_size: int, show_progress: bool) -> None:
+    from mtrain.cli.preparation import prepare_export
+
+    del show_progress
+    prepare_export(config, world_size=world_size)
+
+
+def _run_sft(config: SftConfig, here: Placement) -> int:
     from mtrain.cli.sft import run
 
     return run(config, here)
 
 
-def _sft_rank(words: list[str], here: Placement) -> int:
-    """One of several ranks; uncaught errors are reported once a node and end the process."""
-    report = functools.partial(
-        end_failed_rank, command="sft", rank=here.rank, failure_folder=here.failure_folder
-    )
-    sys.excepthook = lambda _kind, error, _trace: report(error)
-    try:
-        config = _read_sft_config(words, here)
-        if here.rank == 0 and not here.is_prepared:
-            check_output_dir(config.checkpoint, source=config.model.model)
-        from mtrain.cli.preparation import prepare
-        from mtrain.cli.sft import run
+def _run_export(config: ExportConfig, here: Placement) -> int:
+    from mtrain.cli.export import run
 
-        join_ranks(here)
-        if not here.is_prepared:
-            prepare(config, world_size=here.world_size, show_progress=here.local_rank == 0)
-        return run(config, here)
-    except (KeyboardInterrupt, ValueError, RuntimeError) as error:
-        # Not for `main`: a rank that failed must not wait for the others when it ends.
-        report(error)
+    return run(config, here)
 
 
-def _read_sft_config(words: list[str], here: Launch | Placement) -> SftConfig:
-    config = resolve_sft(parse_config(SftConfig, words))
-    check_sft(config, world_size=here.world_size)
-    assert config.model.model is not None, "check_sft refuses it"
-    folder = local_model_folder(config.model.model)
-    check_datasets(config.data)
-    check_trackers(config.logging)
-    if folder is not None:
-        check_model_folder(folder, model=config.model, parallel=config.parallel)
-    return config
-
-
-def _export(words: list[str]) -> int:
-    if _HELP_WORDS & set(words):
-        print(format_help(ExportConfig, usage="megatron export [--flag value ...]"))
-        return 0
-    check_export(resolve_export(parse_config(ExportConfig, words)))
-    raise ValueError("export comes with a later release; sft already saves Hugging Face folders")
+_SFT = _Command(
+    name="sft",
+    config=SftConfig,
+    read=_read_sft,
+    check_output=check_run_dir,
+    prepare=_prepare_sft,
+    run=_run_sft,
+)
+_EXPORT = _Command(
+    name="export",
+    config=ExportConfig,
+    read=_read_export,
+    check_output=check_export_dir,
+    prepare=_prepare_export,
+    run=_run_export,
+)
 
 
 def _demo(words: list[str]) -> int:

@@ -21,6 +21,7 @@ from mtrain.config.model_checks import check_model_folder, read_hf_config
 from mtrain.config.path_checks import local_model_folder
 from mtrain.parallel import ParallelLayout
 
+_DTYPES = ("float32", "bfloat16", "float16")
 # Never a pickle: .bin and .pt files stay on the hub.
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 
@@ -96,6 +97,30 @@ def open_source(
     return ModelSource(
         folder=folder, hf_config=hf_config, family=family, table=table, checkpoint=checkpoint
     )
+
+
+def stored_dtype_name(hf_config: Mapping[str, Any]) -> str:
+    """Precision that the checkpoint says it has."""
+    return hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+
+
+def dtype_name(model: ModelConfig, hf_config: Mapping[str, Any]) -> str:
+    """Precision of the weights: what was asked for, or else the checkpoint's.
+
+    Raises:
+        ValueError: The checkpoint's is none that can be computed in.
+    """
+    name = model.torch_dtype or stored_dtype_name(hf_config)
+    if name not in _DTYPES:
+        raise ValueError(f"config.json: dtype {name!r} cannot be trained in; give --torch_dtype")
+    return name
+
+
+def base_name(model: ModelConfig) -> str:
+    """What an adapter calls its base: an absolute path, or an id on a hub."""
+    assert model.model is not None, "the checks refuse it"
+    folder = local_model_folder(model.model)
+    return model.model if folder is None else str(folder.absolute())
 
 
 def hf_names(table: WeightTable, *, backend: Backend) -> dict[str, tuple[str, ...]]:

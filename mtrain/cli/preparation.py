@@ -1,25 +1,43 @@
 """What happens before the ranks exist: the model is found and checked, the data prepared.
 
-The one thing to know: the model is looked at first, with nothing heavier than JSON, so one that
-cannot be trained is refused at once. The data needs a tokenizer, hence transformers and torch, but
-neither Megatron-Core nor a GPU. The ranks call `open_inputs` and find everything in place.
+The one thing to know: the model and its adapter are looked at first, with nothing heavier than
+JSON, so one that cannot be trained is refused at once. The data needs a tokenizer, hence
+transformers and torch, but neither Megatron-Core nor a GPU. The ranks call `open_inputs` and find
+everything in place.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mtrain.cli.adapter_source import AdapterSource, open_adapter
 from mtrain.cli.model_source import ModelSource, open_source
-from mtrain.config import SftConfig
+from mtrain.config import ExportConfig, SftConfig
 
 if TYPE_CHECKING:
     from mtrain.data.tokenize import PreparedData
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What a run starts from.
+
+    Attributes:
+        source: The model.
+        adapter: What LoRA trains; None when all weights are trained.
+        data: The prepared data.
+    """
+
+    source: ModelSource
+    adapter: AdapterSource | None
+    data: PreparedData
+
+
 def prepare(config: SftConfig, *, world_size: int, show_progress: bool) -> None:
-    """Finds and checks the model, and prepares the data into the cache.
+    """Finds and checks the model and the adapter, and prepares the data into the cache.
 
     Any number of processes may call it at once; one prepares, the others wait for it.
 
@@ -29,9 +47,9 @@ def prepare(config: SftConfig, *, world_size: int, show_progress: bool) -> None:
         show_progress: Whether this process speaks for its machine.
 
     Raises:
-        ValueError: The model or the data cannot be used, with the reason in one line.
+        ValueError: Model, adapter or data cannot be used, with the reason in one line.
     """
-    source = open_source(config.model, config.parallel, world_size=world_size, download=True)
+    source, _ = _open_model(config, world_size=world_size, download=True)
     data = _prepare_data(config, source, show_progress=show_progress)
     if show_progress:
         for name, report in (("train", data.report.train), ("val", data.report.validation)):
@@ -40,17 +58,51 @@ def prepare(config: SftConfig, *, world_size: int, show_progress: bool) -> None:
                 print(f"{name} data: {report.summary()}{earlier}", file=sys.stderr)
 
 
-def open_inputs(config: SftConfig, *, world_size: int) -> tuple[ModelSource, PreparedData]:
-    """The model and the data as `prepare` left them.
+def open_inputs(config: SftConfig, *, world_size: int) -> Inputs:
+    """Model, adapter and data as `prepare` left them.
 
     Raises:
         ValueError: They changed since and cannot be used any more.
     """
-    source = open_source(config.model, config.parallel, world_size=world_size, download=False)
+    source, adapter = _open_model(config, world_size=world_size, download=False)
     # Whoever asked for fresh data has it by now.
     cached = dataclasses.replace(config.data, load_from_cache_file=True)
     config = dataclasses.replace(config, data=cached)
-    return source, _prepare_data(config, source, show_progress=False)
+    data = _prepare_data(config, source, show_progress=False)
+    return Inputs(source=source, adapter=adapter, data=data)
+
+
+def prepare_export(config: ExportConfig, *, world_size: int) -> None:
+    """Finds and checks the model and the adapter of an export.
+
+    Args:
+        config: Resolved and checked.
+        world_size: Ranks of the export.
+
+    Raises:
+        ValueError: One of them cannot be used, with the reason in one line.
+    """
+    _open_model(config, world_size=world_size, download=True)
+
+
+def open_export_inputs(
+    config: ExportConfig, *, world_size: int
+) -> tuple[ModelSource, AdapterSource]:
+    """Model and adapter as `prepare_export` left them.
+
+    Raises:
+        ValueError: They changed since and cannot be used any more.
+    """
+    source, adapter = _open_model(config, world_size=world_size, download=False)
+    assert adapter is not None, "check_export refuses it"
+    return source, adapter
+
+
+def _open_model(
+    config: SftConfig | ExportConfig, *, world_size: int, download: bool
+) -> tuple[ModelSource, AdapterSource | None]:
+    source = open_source(config.model, config.parallel, world_size=world_size, download=download)
+    return source, open_adapter(config.tuner, source, model=config.model)
 
 
 def _prepare_data(config: SftConfig, source: ModelSource, *, show_progress: bool) -> PreparedData:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from mtrain.cli.adapter_source import AdapterSource
 from mtrain.cli.model_source import ModelSource
-from mtrain.config import ModelConfig, ParallelConfig, SftConfig, config_to_dict
+from mtrain.config import ExportConfig, ModelConfig, ParallelConfig, SftConfig, config_to_dict
 from mtrain.parallel import ParallelState
 from mtrain.platform.device import collective_backend, device_info
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from mtrain.data.tokenize import PreparedData
 
 # Flags that name places on a node; contents are compared instead.
-_PLACES = {"model", "dataset", "val_dataset", "output_dir", "tensorboard_dir"}
+_PLACES = {"model", "adapters", "dataset", "val_dataset", "output_dir", "tensorboard_dir"}
 
 
 def check_collectives(parallel: ParallelConfig) -> None:
@@ -42,9 +43,14 @@ def check_attention(model: ModelConfig, *, backend: str) -> None:
 
 
 def check_same_inputs(
-    config: SftConfig, source: ModelSource, data: PreparedData, state: ParallelState
+    config: SftConfig | ExportConfig,
+    source: ModelSource,
+    state: ParallelState,
+    *,
+    adapter: AdapterSource | None = None,
+    data: PreparedData | None = None,
 ) -> None:
-    """Makes sure that all nodes were given the same flags, model and data (T35).
+    """Makes sure that all nodes were given the same flags, model, adapter and data (T35).
 
     They are started one by one, and what differs would be trained on without a word.
 
@@ -54,8 +60,11 @@ def check_same_inputs(
     flags = config_to_dict(config)
     ours = {f"--{name}": value for name, value in flags.items() if name not in _PLACES}
     ours["config.json of --model"] = source.hf_config
-    # The folder is named by the contents of the data and by the versions that tokenised them.
-    ours["the prepared data"] = data.train.parent.name
+    if adapter is not None and adapter.stored is not None:
+        ours["adapter_config.json of --adapters"] = adapter.stored.config
+    if data is not None:
+        # The folder is named by the contents of the data and by the versions that tokenised them.
+        ours["the prepared data"] = data.train.parent.name
     everyone: list[dict[str, Any]] = [{}] * state.layout.world_size
     dist.all_gather_object(everyone, ours, group=state.groups.world)
     for rank, theirs in enumerate(everyone):

@@ -10,34 +10,39 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
-from mtrain.bridge.load import load_weights
+from mtrain.bridge.plan import Backend
+from mtrain.bridge.save import lookup_in
+from mtrain.bridge.slices import tensors_by_name
+from mtrain.checkpoint.adapter import AdapterFormat, save_adapter
 from mtrain.checkpoint.folder import create_run_folder, write_atomically
 from mtrain.checkpoint.weights import WeightsFormat, save_checkpoint
 from mtrain.cli.batches import Batches
 from mtrain.cli.launch import Placement
-from mtrain.cli.model_source import ModelSource, hf_names, parallel_layout
-from mtrain.cli.preparation import open_inputs
-from mtrain.cli.rank_checks import check_attention, check_collectives, check_same_inputs
+from mtrain.cli.loading import find_backend, join, load_adapter, load_model, training_dtype
+from mtrain.cli.model_source import ModelSource, base_name, hf_names
+from mtrain.cli.preparation import Inputs, open_inputs
+from mtrain.cli.rank_checks import check_same_inputs
 from mtrain.config import SftConfig, config_to_dict
 from mtrain.data.loader import BatchPlan
 from mtrain.data.storage import TokenizedDataset
-from mtrain.model.backends import choose_backend
-from mtrain.model.build import build_model, fuse_weight_gradients, transformer_config
+from mtrain.lora.merge import merged_lookup
+from mtrain.lora.weights import adapter_lookup
+from mtrain.model.build import fuse_weight_gradients
 from mtrain.model.gpt import LanguageModel
-from mtrain.parallel import ParallelState, destroy_parallel, initialize_parallel
+from mtrain.parallel import ParallelState, destroy_parallel
 from mtrain.platform.device import device_info
 from mtrain.training.balance import count_routers
 from mtrain.training.evaluate import EvaluationResult, evaluate
 from mtrain.training.flops import ModelShape
-from mtrain.training.freeze import freeze_parameters
+from mtrain.training.freeze import freeze_parameters, keep_graph_connected
 from mtrain.training.loop import LoopPlan, epoch_ends, every, train
 from mtrain.training.metrics import Meter, RunSize
 from mtrain.training.optimizer import build_optimizer, build_scheduler
@@ -66,17 +71,15 @@ def run(config: SftConfig, here: Placement) -> int:
         SaveError: A checkpoint could not be written.
     """
     started = datetime.now()
-    backend = _choose_backend(config)
-    source, data = open_inputs(config, world_size=here.world_size)
-    state = _join(config, here)
-    check_same_inputs(config, source, data, state)
+    backend = find_backend(config)
+    inputs = open_inputs(config, world_size=here.world_size)
+    source, adapter, data = inputs.source, inputs.adapter, inputs.data
+    state = join(config, here, seed=config.training.seed)
+    check_same_inputs(config, source, state, adapter=adapter, data=data)
     train_data = Batches(config, TokenizedDataset(data.train), data.report, state)
     total_steps = config.training.train_iters or train_data.plan.total_steps
 
-    bare = _load_model(config, source, state, backend=backend)
-    num_trained = freeze_parameters(
-        bare, tuner=config.tuner, state=state, hf_names=hf_names(source.table, backend=backend)
-    )
+    bare, trained = _load(config, inputs, state, backend=backend)
     chunks = wrap_chunks(
         bare,
         parallel=config.parallel,
@@ -92,7 +95,7 @@ def run(config: SftConfig, here: Placement) -> int:
         state=state,
     )
     if state.is_first_rank:
-        _announce(source, state, backend=backend, num_trained=num_trained, folder=folder)
+        _announce(source, state, backend=backend, trained=trained, folder=folder)
     with _open_log(config, folder, state, total_steps=total_steps) as log:
         train(
             chunks=chunks,
@@ -105,71 +108,48 @@ def run(config: SftConfig, here: Placement) -> int:
             meter=_meter(bare, source, train_data, state, total_steps=total_steps),
             log=log,
             evaluate=_evaluation(config, data, chunks, state),
-            save=functools.partial(_save, config, source, state, folder, backend, bare),
+            save=functools.partial(_save, config, inputs, state, folder, backend, bare),
         )
     destroy_parallel()
     return 0
 
 
-def _choose_backend(config: SftConfig) -> str:
-    """The backend, "te" or "torch", after checks of what it and the device can do."""
-    check_collectives(config.parallel)
-    backend = choose_backend(config.model.transformer_impl)
-    check_attention(config.model, backend=backend)
-    return backend
-
-
-def _join(config: SftConfig, here: Placement) -> ParallelState:
-    """Meets the other ranks."""
-    return initialize_parallel(
-        parallel_layout(config.parallel, world_size=here.world_size),
-        rank=here.rank,
-        local_rank=here.local_rank,
-        seed=config.training.seed,
-        timeout_seconds=config.parallel.ddp_timeout,
-    )
-
-
-def _load_model(
-    config: SftConfig, source: ModelSource, state: ParallelState, *, backend: str
-) -> list[LanguageModel]:
-    """Builds the chunks of this rank and fills them from the checkpoint."""
-    described = source.family.megatron_config(source.hf_config)
-    model_config = transformer_config(
-        described,
-        state.layout,
-        model=config.model,
-        parallel=config.parallel,
+def _load(
+    config: SftConfig, inputs: Inputs, state: ParallelState, *, backend: Backend
+) -> tuple[list[LanguageModel], str]:
+    """The chunks of this rank, where only what is trained wants gradients; and what that is."""
+    source, adapter = inputs.source, inputs.adapter
+    chunks = load_model(
+        config,
+        source,
+        state,
+        backend=backend,
         training=config.training,
-        moe=config.moe,
-        dtype=training_dtype(config.model.torch_dtype, source.hf_config),
-        backend=backend,
+        dtype=training_dtype(config.model, source.hf_config),
     )
-    chunks = build_model(described, model_config, state, backend=backend)
-    load_weights(
+    if adapter is None:
+        names = hf_names(source.table, backend=backend)
+        count = freeze_parameters(chunks, tuner=config.tuner, state=state, hf_names=names)
+        if backend == "te" and config.model.gradient_accumulation_fusion:
+            fuse_weight_gradients(chunks)
+        return chunks, f"{count:,} weights"
+    load_adapter(
         chunks,
-        source.checkpoint,
-        table=source.table,
-        layout=state.layout,
-        rank=state.rank,
+        adapter,
+        source,
+        state,
         backend=backend,
+        dtype=_adapter_dtype(config, source),
+        dropout=config.tuner.lora_dropout,
+        seed=config.training.seed,
     )
-    if backend == "te" and config.model.gradient_accumulation_fusion:
-        fuse_weight_gradients(chunks)
-    return chunks
+    keep_graph_connected(chunks)
+    ranks = ", ".join(map(str, adapter.ranks))
+    return chunks, f"{adapter.num_weights(source.table):,} weights of an adapter (rank {ranks})"
 
 
-def training_dtype(wanted: str | None, hf_config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype of weights and activations: what was asked for, or else the checkpoint's."""
-    name = wanted or hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
-    dtypes = {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }
-    if name not in dtypes:
-        raise ValueError(f"config.json: dtype {name!r} cannot be trained in; give --torch_dtype")
-    return dtypes[name]
+def _adapter_dtype(config: SftConfig, source: ModelSource) -> torch.dtype:
+    return training_dtype(config.model, source.hf_config, wanted=config.tuner.lora_dtype)
 
 
 def _loop_plan(config: SftConfig, batches: BatchPlan, *, total_steps: int) -> LoopPlan:
@@ -205,28 +185,53 @@ def _meter(
 
 def _save(
     config: SftConfig,
-    source: ModelSource,
+    inputs: Inputs,
     state: ParallelState,
     folder: Path,
-    backend: str,
+    backend: Backend,
     chunks: Sequence[LanguageModel],
     step: int,
 ) -> None:
-    saved = save_checkpoint(
-        folder,
-        step,
-        chunks,
-        form=WeightsFormat(
-            source=source.folder,
-            hf_config=source.hf_config,
-            backend=backend,
-            dtype=chunks[0].config.params_dtype,
-            max_shard_size=config.checkpoint.max_shard_bytes,
-        ),
-        arguments=config_to_dict(config),
-        state=state,
-        save_total_limit=config.checkpoint.save_total_limit,
-    )
+    """The model, the model with its adapter merged, or the adapter alone."""
+    source, adapter = inputs.source, inputs.adapter
+    arguments = config_to_dict(config)
+    limit = config.checkpoint.save_total_limit
+    if adapter is None or config.tuner.merge_lora:
+        saved = save_checkpoint(
+            folder,
+            step,
+            lookup_in(tensors_by_name(chunks)) if adapter is None else merged_lookup(chunks),
+            form=WeightsFormat(
+                source=source.folder,
+                hf_config=source.hf_config,
+                backend=backend,
+                dtype=chunks[0].config.params_dtype,
+                max_shard_size=config.checkpoint.max_shard_bytes,
+            ),
+            arguments=arguments,
+            state=state,
+            save_total_limit=limit,
+        )
+    else:
+        saved = save_adapter(
+            folder,
+            step,
+            adapter_lookup(chunks, dtype=_adapter_dtype(config, source)),
+            form=AdapterFormat(
+                source=source.folder,
+                table=source.table,
+                lora=adapter.lora,
+                backend=backend,
+                dtype=_adapter_dtype(config, source),
+                base=base_name(config.model),
+                layout=config.tuner.lora_export_layout,
+                dropout=config.tuner.lora_dropout,
+            ),
+            arguments=arguments,
+            state=state,
+            save_total_limit=limit,
+            protected=None if adapter.stored is None else adapter.stored.folder,
+        )
     if state.is_first_rank:
         tqdm.write(f"saved {saved}", file=sys.stderr)
 
@@ -260,7 +265,7 @@ def _open_log(
 
 
 def _announce(
-    source: ModelSource, state: ParallelState, *, backend: str, num_trained: int, folder: Path
+    source: ModelSource, state: ParallelState, *, backend: Backend, trained: str, folder: Path
 ) -> None:
     layout = state.layout
     sizes = {
@@ -273,7 +278,7 @@ def _announce(
     }
     split = " ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one rank"
     print(
-        f"{source.family.name}: {num_trained:,} weights are trained on {device_info().name} "
+        f"{source.family.name}: {trained} are trained on {device_info().name} "
         f"({split}, {backend} backend); checkpoints go to {folder}",
         file=sys.stderr,
     )

@@ -32,7 +32,9 @@ class CheckpointConfig:
     """The output folder and its checkpoints."""
 
     output_dir: str | None = flag(
-        None, "Folder of runs; default: megatron_output/<name of the model>."
+        None,
+        "sft: folder of runs, default megatron_output/<name of the model>. export: the folder "
+        "itself, default <adapter>-hf.",
     )
     add_version: bool = flag(True, "Put every run in its own OUTPUT_DIR/vN-date-time folder.")
     save_strategy: str = flag(

@@ -9,13 +9,14 @@ import dataclasses
 
 from mtrain.config.checkpoint import parse_byte_size
 from mtrain.config.data import DataConfig, TemplateConfig
-from mtrain.config.fields import check_values
+from mtrain.config.fields import check_values, spell
 from mtrain.config.later import refuse_later_features
 from mtrain.config.moe import MoEConfig
 from mtrain.config.optimizer import OptimizerConfig
 from mtrain.config.parallel import ParallelConfig
 from mtrain.config.run import ExportConfig, SftConfig
 from mtrain.config.training import TrainingConfig
+from mtrain.config.tuner import TunerConfig
 
 __all__ = ["check_export", "check_sft"]
 
@@ -34,6 +35,7 @@ def check_sft(config: SftConfig, *, world_size: int) -> None:
     refuse_later_features(config)
     if config.model.model is None:
         raise ValueError("--model is missing: give a Hugging Face folder or id")
+    _check_tuner(config.tuner)
     _check_data(config.data, config.template)
     if config.training.train_iters is None and config.training.num_train_epochs is None:
         raise ValueError("give --num_train_epochs or --train_iters")
@@ -47,8 +49,12 @@ def check_sft(config: SftConfig, *, world_size: int) -> None:
     _check_moe(config.moe, config.parallel, packing=config.data.packing)
 
 
-def check_export(config: ExportConfig) -> None:
+def check_export(config: ExportConfig, *, world_size: int) -> None:
     """Checks a resolved configuration of `megatron export` without touching the disk.
+
+    Args:
+        config: Result of `resolve_export`.
+        world_size: Ranks of the export, over all nodes.
 
     Raises:
         ValueError: The first setting that cannot work.
@@ -56,13 +62,50 @@ def check_export(config: ExportConfig) -> None:
     _check_sections(config)
     if config.export.to_hf == config.export.to_mcore:
         raise ValueError("give exactly one of --to_hf true and --to_mcore true")
+    refuse_later_features(config)
+    if config.model.model is None:
+        raise ValueError("--model is missing: give the Hugging Face folder or id of the base")
+    if not config.tuner.adapters:
+        raise ValueError(
+            "--adapters is missing: export merges or rewrites an adapter; to convert a model alone "
+            "comes with a later release"
+        )
+    _check_one_adapter(config.tuner)
     _check_shard_size(config.checkpoint.max_shard_size)
+    _check_world_size(config.parallel, world_size=world_size)
 
 
 def _check_sections(config: SftConfig | ExportConfig) -> None:
     # The last first: a wrong --save_steps is also the default of --eval_steps.
     for part in reversed(dataclasses.fields(config)):
         check_values(getattr(config, part.name))
+
+
+def _check_tuner(tuner: TunerConfig) -> None:
+    """Adapters are only for LoRA, and one can be trained."""
+    if tuner.tuner_type != "full":
+        _check_one_adapter(tuner)
+        if tuner.lora_dropout == 1:
+            raise ValueError("--lora_dropout 1.0 must be below 1: nothing would be learnt")
+        return
+    if tuner.adapters:
+        raise ValueError(
+            f"--adapters {spell(tuner.adapters)} needs --tuner_type lora; to train all weights, "
+            "merge it first (megatron export) and give the result as --model"
+        )
+    if tuner.modules_to_save:
+        raise ValueError(
+            f"--modules_to_save {spell(tuner.modules_to_save)} needs --tuner_type lora; full "
+            "training saves all modules"
+        )
+
+
+def _check_one_adapter(tuner: TunerConfig) -> None:
+    if len(tuner.adapters) > 1:
+        raise ValueError(
+            f"--adapters {spell(tuner.adapters)}: give one; merge the others first with "
+            "megatron export"
+        )
 
 
 def _check_shard_size(text: str) -> None:

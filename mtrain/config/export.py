@@ -1,6 +1,7 @@
 """What `megatron export` converts.
 
-The one thing to know: exactly one of `to_hf` and `to_mcore` is asked for.
+The one thing to know: exactly one of `to_hf` and `to_mcore` is asked for. So far that is `to_hf`
+with an adapter, which is merged into the model or rewritten.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ __all__ = ["ExportOptions"]
 class ExportOptions:
     """Direction of the conversion and its proof."""
 
-    to_hf: bool = flag(False, "Write Hugging Face safetensors.")
+    to_hf: bool = flag(False, "Write Hugging Face safetensors, or a PEFT adapter.")
     to_mcore: bool = flag(False, "Write a Megatron-Core torch_dist checkpoint.")
     test_convert_precision: bool = flag(
         False, "Compare the model before and after; exit code 1 when they differ."
@@ -22,4 +23,6 @@ class ExportOptions:
     test_convert_dtype: str = flag(
         "float32", "Precision of that comparison.", choices=("float32", "bfloat16", "float16")
     )
-    exist_ok: bool = flag(False, "Allow an output folder that is not empty.")
+    exist_ok: bool = flag(
+        False, "Write into a folder that is not empty, in the place of weights that are there."
+    )

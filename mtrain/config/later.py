@@ -26,11 +26,10 @@ class Refusal:
 _OFF = (None, False)
 
 LATER: tuple[Refusal, ...] = (
-    Refusal("tuner_type", ("full",), "LoRA comes with a later release; use full"),
-    Refusal("adapters", ((),), "adapters come with a later release; drop it"),
-    Refusal("mcore_adapter", (None,), "adapters come with a later release; drop it"),
-    Refusal("modules_to_save", ((),), "adapters come with a later release; drop it"),
-    Refusal("merge_lora", _OFF, "adapters come with a later release; drop it"),
+    Refusal("mcore_adapter", (None,), "torch_dist comes with a later release; use --adapters"),
+    Refusal("lora_bias", ("none",), "biases are not trained with an adapter; use none"),
+    Refusal("to_mcore", (False,), "torch_dist comes with a later release; use --to_hf true"),
+    Refusal("test_convert_precision", (False,), "it comes with a later release; use false"),
     Refusal("mcore_model", (None,), "torch_dist comes with a later release; use --model"),
     Refusal("freeze_llm", (False,), "multimodal models come with a later release; use false"),
     Refusal("freeze_vit", (True,), "multimodal models come with a later release; use true"),
@@ -122,8 +121,6 @@ LATER: tuple[Refusal, ...] = (
     Refusal("use_cpu_initialization", (False,), "weights are always loaded; use false"),
 )
 
-_LORA = "only matters with --tuner_type lora"
-
 # Accepted with any value, because there is nothing to decide.
 WITHOUT_EFFECT: dict[str, str] = {
     "check_model": "the headers of all files are always checked, without asking a hub",
@@ -141,14 +138,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "fp8_recipe": "only matters with --fp8_format",
     "mtp_loss_scaling_factor": "only matters with --mtp_num_layers",
     "optimizer_offload_fraction": "only matters with --optimizer_cpu_offload true",
-    "lora_rank": _LORA,
-    "lora_alpha": _LORA,
-    "lora_dropout": _LORA,
-    "lora_bias": _LORA,
-    "lora_dtype": _LORA,
-    "use_rslora": _LORA,
-    "target_modules": _LORA,
-    "target_regex": _LORA,
+    "test_convert_dtype": "only matters with --test_convert_precision true",
 }
 
 

@@ -9,12 +9,20 @@ import os
 import re
 from pathlib import Path
 
-from mtrain.config.checkpoint import CheckpointConfig
 from mtrain.config.data import DataConfig
 from mtrain.config.dataset_name import DatasetName
 from mtrain.config.logging import LoggingConfig
+from mtrain.config.run import ExportConfig, SftConfig
+from mtrain.config.tuner import TunerConfig
 
-__all__ = ["check_datasets", "check_output_dir", "check_trackers", "local_model_folder"]
+__all__ = [
+    "check_adapters",
+    "check_datasets",
+    "check_export_dir",
+    "check_run_dir",
+    "check_trackers",
+    "local_model_folder",
+]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -46,30 +54,68 @@ def check_datasets(data: DataConfig) -> None:
             DatasetName.parse(value, use_hf=False, flag=name)
 
 
-def check_output_dir(checkpoint: CheckpointConfig, *, source: str | None = None) -> None:
-    """Checks that the output folder can be made and written, and does not hold another run.
+def check_adapters(tuner: TunerConfig) -> None:
+    """Checks that every adapter is a folder; what is in it is looked at later.
+
+    Raises:
+        ValueError: Naming the flag and the missing path.
+    """
+    for text in tuner.adapters:
+        path = Path(text).expanduser()
+        if not path.is_dir():
+            what = "is a file; give its folder" if path.exists() else "no such folder"
+            raise ValueError(f"--adapters {text}: {what}")
+
+
+def check_run_dir(config: SftConfig) -> None:
+    """Checks that the folder of runs can be made and written, and does not hold another run.
 
     Args:
-        checkpoint: Resolved checkpoint section.
-        source: `--model`; its files must stay as they are.
+        config: Resolved configuration.
 
     Raises:
         ValueError: Naming the folder that is in the way.
     """
-    assert checkpoint.output_dir is not None, "resolve_sft fills it"
-    output_dir = Path(checkpoint.output_dir).expanduser()
+    output_dir = _check_output_dir(config)
+    if not config.checkpoint.add_version and any(output_dir.glob("checkpoint-*")):
+        raise ValueError(
+            f"--output_dir {output_dir} holds checkpoints of another run: "
+            "give another folder, or --add_version true"
+        )
+
+
+def check_export_dir(config: ExportConfig) -> None:
+    """Checks that the output folder can be made and written, and is not in use.
+
+    Args:
+        config: Resolved configuration.
+
+    Raises:
+        ValueError: Naming the folder that is in the way.
+    """
+    output_dir = _check_output_dir(config)
+    if not config.export.exist_ok and output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(
+            f"--output_dir {output_dir} is not empty: give another folder, or --exist_ok true"
+        )
+
+
+def _check_output_dir(config: SftConfig | ExportConfig) -> Path:
+    """The output folder, which can be written and is none of those that are read."""
+    assert config.checkpoint.output_dir is not None, "resolving fills it"
+    output_dir = Path(config.checkpoint.output_dir).expanduser()
     nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise ValueError(f"--output_dir {output_dir}: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"--output_dir {output_dir}: {nearest} cannot be written to")
-    if source is not None and output_dir.resolve() == Path(source).expanduser().resolve():
-        raise ValueError(f"--output_dir {output_dir} is the folder of --model; give another folder")
-    if not checkpoint.add_version and any(output_dir.glob("checkpoint-*")):
-        raise ValueError(
-            f"--output_dir {output_dir} holds checkpoints of another run: "
-            "give another folder, or --add_version true"
-        )
+    sources = [("model", config.model.model), *(("adapters", a) for a in config.tuner.adapters)]
+    for flag, source in sources:
+        if source is not None and output_dir.resolve() == Path(source).expanduser().resolve():
+            raise ValueError(
+                f"--output_dir {output_dir} is the folder of --{flag}; give another folder"
+            )
+    return output_dir
 
 
 def check_trackers(logging: LoggingConfig) -> None:

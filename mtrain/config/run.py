@@ -113,15 +113,25 @@ def resolve_sft(config: SftConfig) -> SftConfig:
 
 
 def resolve_export(config: ExportConfig) -> ExportConfig:
-    """The same for `megatron export`; `tuner.merge_lora` stays None when it was not given.
+    """The same for `megatron export`.
+
+    Afterwards `tuner.merge_lora` is not None, and `checkpoint.output_dir` only where there is no
+    adapter to name it after.
 
     Raises:
         ValueError: `bf16`, `fp16` and `torch_dtype` contradict each other.
     """
-    return dataclasses.replace(
+    replace = dataclasses.replace
+    checkpoint, adapters = config.checkpoint, config.tuner.adapters
+    if checkpoint.output_dir is None and adapters:
+        checkpoint = replace(checkpoint, output_dir=f"{PurePath(adapters[0])}-hf")
+    merge_lora = config.tuner.merge_lora is not False
+    return replace(
         config,
         model=_resolve_dtype(config.model),
+        tuner=replace(config.tuner, merge_lora=merge_lora),
         parallel=_resolve_sequence_parallel(config.parallel),
+        checkpoint=checkpoint,
     )
 
 

@@ -1,7 +1,8 @@
 """Which parameters are trained: all, some, or a LoRA adapter.
 
 The one thing to know: names in `freeze_parameters` and `trainable_parameters` are prefixes, the
-`_regex` forms are searched anywhere in the name, and trainable wins over frozen.
+`_regex` forms are searched anywhere in the name, and trainable wins over frozen. From
+`target_modules` on, settings matter with LoRA alone; of a loaded adapter its own config counts.
 """
 
 from dataclasses import dataclass
@@ -37,19 +38,34 @@ class TunerConfig:
     vit_lr: float | None = flag(None, "Learning rate of the vision tower.", minimum=0)
     aligner_lr: float | None = flag(None, "Learning rate of the projector.", minimum=0)
 
-    adapters: tuple[str, ...] = flag((), "Folders of PEFT adapters to start from.")
+    adapters: tuple[str, ...] = flag(
+        (), "Folder of a PEFT adapter: sft goes on with it (lora), export merges or rewrites it."
+    )
     mcore_adapter: str | None = flag(None, "Adapter in torch_dist format to start from.")
-    target_modules: tuple[str, ...] = flag(("all-linear",), "Linears that get an adapter.")
-    target_regex: str | None = flag(None, "Linears that get an adapter, as a regular expression.")
+    target_modules: tuple[str, ...] = flag(
+        ("all-linear",),
+        "What gets an adapter: names of linears (q_proj, linear_qkv, ...), all-linear, all-router, "
+        "all-embedding.",
+    )
+    target_regex: str | None = flag(
+        None, "What gets an adapter, as a regular expression; instead of --target_modules."
+    )
     modules_to_save: tuple[str, ...] = flag((), "Modules trained and saved next to the adapter.")
     lora_rank: int = flag(8, "Rank of the adapter.", minimum=1)
     lora_alpha: float = flag(32.0, "The adapter is scaled by alpha / rank.")
     lora_dropout: float = flag(0.05, "Dropout on the adapter's input.", minimum=0, maximum=1)
     lora_bias: str = flag("none", "Biases trained with the adapter.", choices=("none", "all"))
     lora_dtype: str | None = flag(
-        None, "Precision of the adapter.", choices=("float16", "bfloat16", "float32")
+        None,
+        "Precision of the adapter; default: that of training (export: of the file).",
+        choices=("float16", "bfloat16", "float32"),
     )
     use_rslora: bool = flag(False, "Scale by alpha / sqrt(rank) instead.")
     merge_lora: bool | None = flag(
-        None, "Save the merged weights instead of the adapter; default false for sft."
+        None, "Save the merged weights instead of the adapter; default: false (export: true)."
+    )
+    lora_export_layout: str = flag(
+        "per_expert",
+        "Experts in a saved adapter: a linear each, or the fused parameters of transformers 5.",
+        choices=("per_expert", "fused"),
     )

@@ -3,6 +3,7 @@
 The one thing to know: names are those of the whole model (Megatron's, with the layer numbers of
 the model, or Hugging Face's), not those of one pipeline stage, so a setting means the same on
 every layout. Call it before the chunks are wrapped: data parallelism ignores frozen parameters.
+Whoever else freezes parameters, as LoRA does, calls `keep_graph_connected` afterwards.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mtrain.parallel import ParallelLayout, ParallelState
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["freeze_parameters", "global_parameter_names"]
+__all__ = ["freeze_parameters", "global_parameter_names", "keep_graph_connected"]
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -97,7 +98,7 @@ def freeze_parameters(
         raise ValueError(
             "all parameters are frozen: name the ones to train with --trainable_parameters"
         )
-    _keep_graph_connected(chunks)
+    keep_graph_connected(chunks)
     return num_trained
 
 
@@ -195,11 +196,14 @@ def _first(parameters: Sequence[_Named], ratio: float) -> set[str]:
     return names if ratio > 0 else set()
 
 
-def _keep_graph_connected(chunks: Sequence[GPTModel]) -> None:
+def keep_graph_connected(chunks: Sequence[GPTModel]) -> None:
     """Lets gradients through recomputed layers above a frozen embedding.
 
     A recomputed region only takes part in backward when one of its inputs wants a gradient;
     parameters inside do not count.
+
+    Args:
+        chunks: Bare model chunks of this rank with `requires_grad` decided.
     """
     for chunk in chunks:
         recomputes = chunk.config.recompute_granularity is not None

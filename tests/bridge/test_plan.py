@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mtrain.bridge.plan import hf_tensors, locate_tensors, plan_rank, weight_table
+from mtrain.bridge.rules import HFTensor, Padded, Rule, Spaced, WeightTable
 from mtrain.parallel import ParallelLayout
 from tests.tiny import TINY, tiny_config
 
@@ -195,6 +196,77 @@ def test_a_model_that_cannot_be_split_is_refused_with_the_parameter(name, change
         plan_rank(
             weight_table(tiny_config(name, **changes)), layout=layout, rank=0, backend="torch"
         )
+
+
+def fill(rule, sources, *, tp_size, rank):
+    """The one parameter of a rank, filled from tensors by name; elements not filled are -1."""
+    layout = ParallelLayout(world_size=tp_size, tp_size=tp_size)
+    table = WeightTable(num_layers=1, rules=(rule,))
+    (parameter,) = plan_rank(table, layout=layout, rank=rank, backend="torch")
+    array = np.full(parameter.shape, -1)
+    for piece in parameter.pieces:
+        target = array if piece.expert is None else array[piece.expert]
+        box = np.ix_(*map(rows_of, piece.hf))
+        target[np.ix_(*map(rows_of, piece.local))] = sources[piece.hf_name][box]
+    assert parameter.num_padding == (array == -1).sum()
+    return array
+
+
+def numbers(*shape, start=0):
+    return start + np.arange(prod(shape)).reshape(shape)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_narrower_sources_leave_padding_on_the_right(tp_size):
+    sources = {"a": numbers(4, 3), "b": numbers(2, 5, start=100), "c": numbers(2, 4, start=200)}
+    tensors = tuple(HFTensor(name, array.shape) for name, array in sources.items())
+    rule = Rule(megatron="w", hf=tensors, split="rows", place="first")
+    padded = [
+        np.pad(array, ((0, 0), (0, 5 - array.shape[1])), constant_values=-1)
+        for array in sources.values()
+    ]
+    for rank in range(tp_size):
+        expected = np.concatenate([np.split(array, tp_size)[rank] for array in padded])
+        np.testing.assert_array_equal(fill(rule, sources, tp_size=tp_size, rank=rank), expected)
+
+
+def test_sources_of_different_width_and_height_may_be_stacked_experts():
+    sources = {
+        f"{name}{expert}": numbers(*shape, start=100 * expert + start)
+        for expert in range(2)
+        for name, shape, start in (("a", (1, 3), 0), ("b", (2, 2), 50))
+    }
+    rule = Rule(
+        megatron="w",
+        hf=(HFTensor("a{expert}", (1, 3)), HFTensor("b{expert}", (2, 2))),
+        layout=Spaced(2),
+        layers=(0,),
+        num_experts=2,
+    )
+    expected = [
+        [[0, 1, 2], [-1, -1, -1], [50, 51, -1], [52, 53, -1]],
+        [[100, 101, 102], [-1, -1, -1], [150, 151, -1], [152, 153, -1]],
+    ]
+    for rank in range(2):
+        np.testing.assert_array_equal(fill(rule, sources, tp_size=2, rank=rank), expected)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_split_columns_may_be_padded(tp_size):
+    sources = {"a": numbers(3, 131)}
+    rule = Rule(
+        megatron="w",
+        hf=(HFTensor("a", (3, 131)),),
+        layout=Padded(),
+        split="columns",
+        place="first",
+    )
+    shards = [fill(rule, sources, tp_size=tp_size, rank=rank) for rank in range(tp_size)]
+    assert len({shard.shape for shard in shards}) == 1
+    together = np.concatenate(shards, axis=1)
+    assert together.shape[1] - 131 < tp_size
+    np.testing.assert_array_equal(together[:, :131], sources["a"])
+    assert (together[:, 131:] == -1).all()
 
 
 def test_planning_needs_no_torch():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mtrain.bridge.rules import Concatenated, Interleaved, Padded, divided
+from mtrain.bridge.rules import Concatenated, Interleaved, Padded, Selected, Spaced, divided
 
 
 def apply(layout, sources, *, num_shards, index):
@@ -94,6 +94,42 @@ def test_padding_adds_zeros_at_the_end_and_no_more_than_needed(num_rows, num_sha
     assert len(together) - num_rows < num_shards
     np.testing.assert_array_equal(together[:num_rows], source)
     assert not together[num_rows:].any()
+
+
+def test_spaced_sources_begin_at_multiples_of_the_size():
+    first, second, third = numbered(2, 3, 1)
+    shard = apply(Spaced(3), [first, second, third], num_shards=1, index=0)
+    expected = np.zeros((9, 1), dtype=int)
+    expected[0:2], expected[3:6], expected[6:7] = first, second, third
+    np.testing.assert_array_equal(shard, expected)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+@pytest.mark.parametrize("sources", [(0,), (1,), (2,), (0, 2), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize("layout", [Interleaved(2), Concatenated()], ids=str)
+def test_selected_sources_lie_where_they_would_among_all(layout, sources, num_shards):
+    everything = numbered(16, 8, 8)
+    absent = [source if index in sources else source * 0 for index, source in enumerate(everything)]
+    selected = Selected(layout, num_rows=(16, 8, 8), sources=sources)
+    for index in range(num_shards):
+        where = {"num_shards": num_shards, "index": index}
+        shard = apply(selected, [everything[source] for source in sources], **where)
+        np.testing.assert_array_equal(shard, apply(layout, absent, **where))
+
+
+def test_a_shard_may_have_nothing_of_the_selected_sources():
+    # Four shards of two groups: every other shard holds queries alone.
+    keys = Selected(Interleaved(2), num_rows=(16, 4, 4), sources=(1,))
+    assert keys.shard((4,), num_shards=4, index=0) == (6, ())
+    assert len(keys.shard((4,), num_shards=4, index=1)[1]) == 1
+
+
+def test_selected_padding_keeps_the_padding():
+    (source,) = numbered(5)
+    for index in range(4):
+        selected = Selected(Padded(), num_rows=(5,), sources=(0,))
+        shard = apply(selected, [source], num_shards=4, index=index)
+        np.testing.assert_array_equal(shard, apply(Padded(), [source], num_shards=4, index=index))
 
 
 def test_rows_that_do_not_divide_are_refused():

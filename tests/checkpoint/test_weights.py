@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from mtrain.bridge.save import lookup_in
+from mtrain.bridge.slices import tensors_by_name
 from mtrain.checkpoint.folder import SaveError
 from mtrain.checkpoint.weights import WeightsFormat, save_checkpoint
 from mtrain.parallel import ParallelLayout, ParallelState
@@ -51,7 +53,7 @@ def save(state: ParallelState, source: Path, run: Path, dtype: torch.dtype) -> P
     return save_checkpoint(
         run,
         5,
-        load_model(state, source, dtype=dtype),
+        lookup_in(tensors_by_name(load_model(state, source, dtype=dtype))),
         form=form,
         arguments={"lr": 1e-5, "model": "模型"},
         state=state,

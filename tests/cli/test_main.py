@@ -13,7 +13,7 @@ from mtrain import __version__
 from mtrain.cli import main as main_module
 from mtrain.cli.launch import Launch, Placement
 from mtrain.cli.main import main
-from mtrain.config import SftConfig
+from mtrain.config import ExportConfig, SftConfig
 
 ROOT = Path(__file__).parents[2]
 HF_CONFIG = {
@@ -54,7 +54,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
     def prepare(config: SftConfig, *, world_size: int, show_progress: bool) -> None:
         calls.append(("prepare", (world_size, show_progress)))
 
-    def run(config: SftConfig, here: Placement) -> int:
+    def prepare_export(config: ExportConfig, *, world_size: int) -> None:
+        calls.append(("prepare_export", world_size))
+
+    def run(config: SftConfig | ExportConfig, here: Placement) -> int:
         calls.append(("run", config))
         return 0
 
@@ -63,8 +66,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
         return 7
 
     for name, module in (
-        ("preparation", SimpleNamespace(prepare=prepare)),
+        ("preparation", SimpleNamespace(prepare=prepare, prepare_export=prepare_export)),
         ("sft", SimpleNamespace(run=run)),
+        ("export", SimpleNamespace(run=run)),
     ):
         monkeypatch.setitem(sys.modules, f"mtrain.cli.{name}", module)
         monkeypatch.setattr(mtrain.cli, name, module, raising=False)
@@ -100,11 +104,6 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert line == "megatron sft: error: unknown flag --lrr: did you mean --lr?\n"
 
 
-def test_export_is_checked_and_then_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "exactly one of --to_hf true" in error_of(["export", "--model", "a/b"], capsys)
-    assert "comes with a later release" in error_of(["export", "--to_hf", "true"], capsys)
-
-
 def test_one_rank_trains_in_this_process(run_words, started) -> None:
     assert main(run_words) == 0
     assert [name for name, _ in started] == ["prepare", "run"]
@@ -122,6 +121,56 @@ def test_nproc_per_node_starts_ranks_after_preparing(run_words, started, monkeyp
     assert (name, launch) == ("launch", Launch(nproc_per_node=2))
     assert words[:3] == ["-m", "mtrain.cli.main", "sft"]
     assert words[3:-2] == run_words[1:]
+
+
+@pytest.fixture
+def export_words(run_words, tmp_path: Path) -> list[str]:
+    """Words of an export whose folders exist."""
+    (tmp_path / "adapter").mkdir()
+    return [
+        *("export", *run_words[1:3], "--adapters", str(tmp_path / "adapter")),
+        *("--to_hf", "true", "--output_dir", str(tmp_path / "a" / "b")),
+    ]
+
+
+def test_one_rank_exports_in_this_process(export_words, started) -> None:
+    assert main(export_words) == 0
+    assert [name for name, _ in started] == ["prepare_export", "run"]
+    config = started[1][1]
+    assert isinstance(config, ExportConfig)
+    assert config.tuner.merge_lora is True
+
+
+def test_nproc_per_node_starts_ranks_of_an_export(export_words, started, monkeypatch) -> None:
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    assert main([*export_words, "--tensor_model_parallel_size", "2"]) == 7
+    name, (launch, words) = started[-1]
+    assert started[0] == ("prepare_export", 2)
+    assert (name, launch) == ("launch", Launch(nproc_per_node=2))
+    assert words[:3] == ["-m", "mtrain.cli.main", "export"]
+    assert words[3:-2] == export_words[1:]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--to_hf false", "exactly one of --to_hf true and --to_mcore true"),
+        ("--to_hf false --to_mcore true", "--to_mcore true: torch_dist comes with a later"),
+        ("--adapters", "--adapters is missing"),
+        ("--adapters ./missing", "--adapters ./missing: no such folder"),
+        ("--model ./missing", "--model ./missing: no such folder"),
+        ("--output_dir .", "is not empty: give another folder, or --exist_ok true"),
+        ("--tensor_model_parallel_size 2", "set NPROC_PER_NODE (x NNODES) to a multip"),
+    ],
+)
+def test_no_export_starts_when_a_check_fails(
+    export_words, started, capsys, monkeypatch, tmp_path, words: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = error_of([*export_words, *words.split()], capsys)
+    assert line.startswith("megatron export: error: ")
+    assert message in line
+    assert started == []
 
 
 @pytest.mark.parametrize(
@@ -145,7 +194,8 @@ def test_ranks_prepare_unless_their_launcher_did(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--tuner_type lora", "--tuner_type lora: LoRA comes with a later release"),
+        ("--tuner_type lora --adapters ./missing", "--adapters ./missing: no such folder"),
+        ("--adapters .", "--adapters . needs --tuner_type lora"),
         ("--lr_decay_style cosin", "--lr_decay_style cosin: must be one of constant"),
         ("--tensor_model_parallel_size 2", "set NPROC_PER_NODE (x NNODES) to a multip"),
         ("--dataset missing.jsonl", "--dataset missing.jsonl: no such file"),

@@ -38,7 +38,7 @@ def config(model, tmp_path, monkeypatch) -> SftConfig:
 
 
 def prepared_at(config: SftConfig) -> int:
-    _, data = open_inputs(config, world_size=1)
+    data = open_inputs(config, world_size=1).data
     return (data.train.parent / "report.json").stat().st_mtime_ns
 
 
@@ -47,7 +47,9 @@ def test_ranks_find_what_was_prepared(config, capsys) -> None:
     said = capsys.readouterr().err
     assert "train data: 16 of 16 rows kept" in said
     assert "val data: 4 of 4 rows kept" in said
-    source, data = open_inputs(config, world_size=1)
+    inputs = open_inputs(config, world_size=1)
+    source, data = inputs.source, inputs.data
+    assert inputs.adapter is None
     assert source.family.name == "Qwen3"
     assert data.report.reused
     assert data.validation is not None

@@ -65,7 +65,7 @@ def compare(state, folder: Path, changes: list[dict], keys: list[str]) -> str:
     model = ModelConfig(model=str(folder))
     source = open_source(model, ParallelConfig(), world_size=1, download=False)
     try:
-        check_same_inputs(config, source, prepared(keys[state.rank]), state)
+        check_same_inputs(config, source, state, data=prepared(keys[state.rank]))
     except ValueError as error:
         return str(error)
     return "same"

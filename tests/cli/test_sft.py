@@ -25,25 +25,6 @@ from mtrain.data.loader import BatchPlan
 from mtrain.parallel import destroy_parallel
 
 
-@pytest.mark.parametrize(
-    ("wanted", "hf_config", "expected"),
-    [
-        (None, {"dtype": "bfloat16"}, torch.bfloat16),
-        (None, {"torch_dtype": "float16"}, torch.float16),
-        (None, {}, torch.float32),
-        ("float32", {"dtype": "bfloat16"}, torch.float32),
-        ("bfloat16", {"torch_dtype": "float64"}, torch.bfloat16),
-    ],
-)
-def test_the_precision_is_that_of_the_checkpoint_unless_told(wanted, hf_config, expected) -> None:
-    assert sft.training_dtype(wanted, hf_config) == expected
-
-
-def test_a_precision_that_cannot_be_trained_in_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"config\.json: dtype 'float8_e4m3fn' cannot be trained"):
-        sft.training_dtype(None, {"dtype": "float8_e4m3fn"})
-
-
 def loop_plan(*, total_steps: int, num_samples: int = 10, **changes):
     checkpoint = CheckpointConfig(**changes.get("checkpoint", {}))
     training = TrainingConfig(num_train_epochs=3, **changes.get("training", {}))

@@ -7,7 +7,6 @@ import pytest
 from mtrain.config import (
     DataConfig,
     ExportConfig,
-    ExportOptions,
     ModelConfig,
     SftConfig,
     TrainingConfig,
@@ -45,6 +44,11 @@ def check(*, world_size: int = 1, **flags: object) -> None:
     [
         {},
         {"train_iters": None, "num_train_epochs": 1},
+        {"tuner_type": "lora"},
+        {"tuner_type": "lora_llm", "adapters": ("a",), "modules_to_save": ("lm_head",)},
+        {"tuner_type": "lora", "merge_lora": True, "lora_export_layout": "fused"},
+        # Of LoRA alone, as in Megatron-SWIFT.
+        {"lora_rank": 16, "lora_dropout": 1.0, "merge_lora": True},
         {"packing": True, "max_length": 128},
         {"packing": True, "packing_length": 128},
         {"packing": True, "packing_length": 128, "max_length": 64},
@@ -84,7 +88,12 @@ def test_good_combinations_pass(flags: dict[str, object]) -> None:
         ({"data_seed": -1}, "--data_seed -1: must be at least 0"),
         ({"save_steps": 0}, "--save_steps 0: must be at least 1"),
         ({"eval_steps": 0}, "--eval_steps 0: must be at least 1"),
-        ({"tuner_type": "lora"}, "LoRA comes with a later release"),
+        ({"tuner_type": "dora"}, "--tuner_type dora: must be one of full, lora, lora_llm"),
+        ({"tuner_type": "lora", "lora_bias": "all"}, "biases are not trained with an adapter"),
+        ({"tuner_type": "lora", "lora_dropout": 1.0}, "--lora_dropout 1.0 must be below 1"),
+        ({"tuner_type": "lora", "adapters": ("a", "b")}, "--adapters a b: give one; merge the"),
+        ({"adapters": ("a",)}, "--adapters a needs --tuner_type lora; to train all weights, merge"),
+        ({"modules_to_save": ("lm_head",)}, "--modules_to_save lm_head needs --tuner_type lora"),
         ({"max_shard_size": "big"}, "--max_shard_size big: must be a size"),
         ({"val_dataset": ("a/b",), "split_dataset_ratio": 0.1}, "exclude each other"),
         ({"split_dataset_ratio": 1.0}, "leaves nothing to train on"),
@@ -197,19 +206,52 @@ def test_virtual_stages_need_enough_micro_batches(global_batch_size, group, mess
         check(**flags)
 
 
+MERGE = {"to_hf": True, "model": "owner/name", "adapters": ("a",)}
+
+
+def check_export_with(*, world_size: int = 1, **flags: object) -> None:
+    config = ExportConfig()
+    for part in dataclasses.fields(config):
+        section = getattr(config, part.name)
+        mine = {n: v for n, v in flags.items() if n in section.__dataclass_fields__}
+        config = dataclasses.replace(config, **{part.name: dataclasses.replace(section, **mine)})
+    check_export(resolve_export(config), world_size=world_size)
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "flags",
     [
-        (ExportOptions(), "exactly one"),
-        (ExportOptions(to_hf=True, to_mcore=True), "exactly one"),
-        (ExportOptions(to_hf=True, test_convert_dtype="int8"), "--test_convert_dtype int8"),
-        (ExportOptions(to_hf=True), None),
+        MERGE,
+        MERGE | {"merge_lora": False, "lora_export_layout": "fused"},
+        MERGE | {"world_size": 4, "tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
     ],
 )
-def test_export_goes_in_one_direction(options: ExportOptions, message: str | None) -> None:
-    config = resolve_export(ExportConfig(export=options))
-    if message is None:
-        check_export(config)
-        return
-    with pytest.raises(ValueError, match=message):
-        check_export(config)
+def test_an_adapter_can_be_exported(flags: dict[str, object]) -> None:
+    check_export_with(**flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, "give exactly one of --to_hf true and --to_mcore true"),
+        ({"to_hf": True, "to_mcore": True}, "give exactly one"),
+        ({"to_mcore": True}, "--to_mcore true: torch_dist comes with a later release"),
+        ({"to_hf": True}, "--model is missing"),
+        ({"to_hf": True, "model": "a/b"}, "--adapters is missing: export merges or rewrites an"),
+        (MERGE | {"adapters": ("a", "b")}, "--adapters a b: give one"),
+        (MERGE | {"mcore_adapter": "a"}, "--mcore_adapter a: torch_dist comes with a later"),
+        (MERGE | {"mcore_model": "a"}, "--mcore_model a: torch_dist comes with a later release"),
+        (MERGE | {"test_convert_precision": True}, "--test_convert_precision true: it comes"),
+        (MERGE | {"test_convert_dtype": "int8"}, "--test_convert_dtype int8: must be one of"),
+        (MERGE | {"max_shard_size": "big"}, "--max_shard_size big: must be a size"),
+        (
+            MERGE | {"tensor_model_parallel_size": 2},
+            "1 process cannot be divided by tensor x context x pipeline parallel size 2 x 1 x 1",
+        ),
+    ],
+)
+def test_exports_that_cannot_work_are_refused(flags: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_export_with(**flags)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

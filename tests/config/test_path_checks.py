@@ -4,10 +4,21 @@ from pathlib import Path
 
 import pytest
 
-from mtrain.config import CheckpointConfig, DataConfig, LoggingConfig
+from mtrain.config import (
+    CheckpointConfig,
+    DataConfig,
+    ExportConfig,
+    ExportOptions,
+    LoggingConfig,
+    ModelConfig,
+    SftConfig,
+    TunerConfig,
+)
 from mtrain.config.path_checks import (
+    check_adapters,
     check_datasets,
-    check_output_dir,
+    check_export_dir,
+    check_run_dir,
     check_trackers,
     local_model_folder,
 )
@@ -50,22 +61,44 @@ def test_datasets_are_paths_that_exist_or_ids(tmp_path: Path, monkeypatch) -> No
         check_datasets(DataConfig(dataset=("a.json",), val_dataset=("./none",)))
 
 
-def output(path: Path, *, add_version: bool = True) -> CheckpointConfig:
-    return CheckpointConfig(output_dir=str(path), add_version=add_version)
+def test_an_adapter_is_a_folder(tmp_path: Path) -> None:
+    """T26: what is in it is looked at later."""
+    (tmp_path / "file").write_text("")
+    check_adapters(TunerConfig(adapters=(str(tmp_path),)))
+    with pytest.raises(ValueError, match=r"^--adapters .*/none: no such folder$"):
+        check_adapters(TunerConfig(adapters=(str(tmp_path / "none"),)))
+    with pytest.raises(ValueError, match=r"^--adapters .*/file: is a file; give its folder$"):
+        check_adapters(TunerConfig(adapters=(str(tmp_path / "file"),)))
 
 
-def test_a_new_output_folder_is_not_created(tmp_path: Path) -> None:
-    check_output_dir(output(tmp_path / "a" / "b"))
-    check_output_dir(output(tmp_path))
+def check_run(path: Path, *, add_version: bool = True, source: str | None = None) -> None:
+    checkpoint = CheckpointConfig(output_dir=str(path), add_version=add_version)
+    check_run_dir(SftConfig(model=ModelConfig(model=source), checkpoint=checkpoint))
+
+
+def check_export(path: Path, *, exist_ok: bool = False, adapter: str = "none") -> None:
+    config = ExportConfig(
+        tuner=TunerConfig(adapters=(adapter,)),
+        checkpoint=CheckpointConfig(output_dir=str(path)),
+        export=ExportOptions(exist_ok=exist_ok),
+    )
+    check_export_dir(config)
+
+
+@pytest.mark.parametrize("check", [check_run, check_export])
+def test_a_new_output_folder_is_not_created(tmp_path: Path, check) -> None:
+    check(tmp_path / "a" / "b")
+    check(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_folder_below_a_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("check", [check_run, check_export])
+def test_an_output_folder_below_a_file_is_refused(tmp_path: Path, check) -> None:
     """T04."""
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
         with pytest.raises(ValueError, match="file is not a folder"):
-            check_output_dir(output(path))
+            check(path)
 
 
 def test_an_output_folder_without_permission_is_refused(tmp_path: Path, monkeypatch) -> None:
@@ -73,16 +106,24 @@ def test_an_output_folder_without_permission_is_refused(tmp_path: Path, monkeypa
     asked = []
     monkeypatch.setattr("os.access", lambda path, mode: asked.append(path) or False)
     with pytest.raises(ValueError, match="cannot be written to"):
-        check_output_dir(output(tmp_path / "a"))
+        check_run(tmp_path / "a")
     assert asked == [tmp_path]
 
 
 def test_checkpoints_of_another_run_are_not_mixed_with_new_ones(tmp_path: Path) -> None:
     """T04."""
     (tmp_path / "checkpoint-10").mkdir()
-    check_output_dir(output(tmp_path))
+    check_run(tmp_path)
     with pytest.raises(ValueError, match="holds checkpoints of another run"):
-        check_output_dir(output(tmp_path, add_version=False))
+        check_run(tmp_path, add_version=False)
+
+
+def test_an_export_wants_an_empty_folder_unless_told(tmp_path: Path) -> None:
+    """T04."""
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match="is not empty: give another folder, or --exist_ok true"):
+        check_export(tmp_path)
+    check_export(tmp_path, exist_ok=True)
 
 
 @pytest.mark.parametrize("add_version", [True, False])
@@ -92,10 +133,15 @@ def test_the_folder_of_the_model_is_not_written_to(tmp_path: Path, add_version: 
     model.mkdir()
     (tmp_path / "link").symlink_to(model)
     with pytest.raises(ValueError, match="is the folder of --model; give another folder"):
-        check_output_dir(
-            output(tmp_path / "link", add_version=add_version), source=f"{model}/../model/"
-        )
-    check_output_dir(output(model / "runs", add_version=add_version), source=str(model))
+        check_run(tmp_path / "link", add_version=add_version, source=f"{model}/../model/")
+    check_run(model / "runs", add_version=add_version, source=str(model))
+
+
+def test_the_folder_of_the_adapter_is_not_written_to(tmp_path: Path) -> None:
+    """T05, also when a folder with files in it is fine."""
+    with pytest.raises(ValueError, match="is the folder of --adapters; give another folder"):
+        check_export(tmp_path, exist_ok=True, adapter=f"{tmp_path}/")
+    check_export(tmp_path / "merged", adapter=str(tmp_path))
 
 
 def test_a_missing_tracker_is_named(monkeypatch) -> None:

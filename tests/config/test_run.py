@@ -58,6 +58,20 @@ def test_sequence_parallel_is_on_when_there_is_something_to_split(tp, given, exp
     assert resolve_export(ExportConfig(parallel=parallel)).parallel.sequence_parallel is expected
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, True), (True, True), (False, False)])
+def test_an_export_merges_unless_told_and_a_run_does_not(given, expected) -> None:
+    tuner = TunerConfig(merge_lora=given)
+    assert resolve_export(ExportConfig(tuner=tuner)).tuner.merge_lora is expected
+    assert resolve_sft(SftConfig(tuner=tuner)).tuner.merge_lora is bool(given)
+
+
+@pytest.mark.parametrize("adapter", ["run/checkpoint-5", "run/checkpoint-5/"])
+def test_an_export_is_named_after_its_adapter(adapter) -> None:
+    config = ExportConfig(tuner=TunerConfig(adapters=(adapter,)))
+    assert resolve_export(config).checkpoint.output_dir == "run/checkpoint-5-hf"
+    assert resolve_export(ExportConfig()).checkpoint.output_dir is None
+
+
 @pytest.mark.parametrize(
     ("model", "dtype"),
     [

@@ -344,10 +344,11 @@ def test_the_head_of_a_tied_model_is_refused_by_all_its_names(tuner, message):
         ({"target_regex": r".*2.*\.[0-2]\.up_proj"}, "up_proj of 3 of the 4 experts in layer 2"),
         ({"freeze_parameters_regex": r"1\.mlp\.experts\.0"}, "of 1 of the 4 experts in layer 1"),
         ({"modules_to_save": ("0.down_proj",)}, "down_proj of 1 of the 4 experts in layer 0"),
+        ({"modules_to_save": ("down_proj",)}, "down_proj: PEFT cannot hold whole experts"),
     ],
     ids=str,
 )
-def test_some_experts_of_a_layer_are_refused(tuner, message):
+def test_what_cannot_be_done_with_experts_is_refused(tuner, message):
     assert message in refusal("qwen3_moe", **tuner)
 
 

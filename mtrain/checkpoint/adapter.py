@@ -1,0 +1,191 @@
+"""A checkpoint that PEFT loads: the adapter alone, and what tokenizers and generation need.
+
+All ranks write what they own, as they do for a whole model; then the first rank makes one file of
+it, since PEFT knows no index. The bytes do not depend on the parallel layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtrain.bridge.gather import TensorLookup
+from mtrain.bridge.plan import Backend, hf_tensors
+from mtrain.bridge.rules import WeightTable
+from mtrain.bridge.save import save_weights
+from mtrain.checkpoint.folder import Retention, publish_checkpoint, publish_folder
+from mtrain.checkpoint.weights import SMALL_FILES_BYTES, copy_beside_weights, write_json
+from mtrain.lora.adapter_file import join_adapter_files, write_adapter_file
+from mtrain.lora.adapter_settings import CONFIG_FILE
+from mtrain.lora.fused_experts import ExpertLayout
+from mtrain.lora.peft_config import adapter_config
+from mtrain.lora.peft_format import WEIGHTS_FILE, StoredAdapter
+from mtrain.lora.plan import LoraPlan, adapter_table
+from mtrain.parallel import ParallelState
+
+__all__ = ["AdapterFormat", "export_adapter", "save_adapter"]
+
+_PART_STEM = "adapter_part"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFormat:
+    """How an adapter is written.
+
+    Attributes:
+        source: Folder that the model was loaded from.
+        table: Weights of the model.
+        lora: The adapters.
+        backend: Spelling of the norms in the chunks.
+        dtype: Dtype of the saved tensors.
+        base: Name or path of the model, for adapter_config.json.
+        layout: How experts are stored.
+        dropout: Dropout that the adapter is trained with.
+    """
+
+    source: Path
+    table: WeightTable
+    lora: LoraPlan
+    backend: Backend
+    dtype: torch.dtype
+    base: str | None
+    layout: ExpertLayout
+    dropout: float
+
+
+def save_adapter(
+    run: Path,
+    step: int,
+    lookup: TensorLookup,
+    *,
+    form: AdapterFormat,
+    arguments: Mapping[str, Any],
+    state: ParallelState,
+    save_total_limit: int | None,
+    protected: Path | None = None,
+) -> Path:
+    """Saves the adapter of all ranks as `run/checkpoint-<step>`.
+
+    Args:
+        run: Folder of the run.
+        step: Steps done.
+        lookup: Finds the tensors of the adapter on this rank.
+        form: How it is written.
+        arguments: The resolved configuration, for args.json.
+        state: This rank; every rank must call this.
+        save_total_limit: Checkpoints kept, this one included; None keeps all.
+        protected: A folder that is never deleted: the adapter that training started from.
+
+    Raises:
+        SaveError: On every rank; older checkpoints are untouched.
+    """
+    num_bytes = _num_bytes(form)
+
+    def write(folder: Path) -> list[Path]:
+        save_weights(
+            lookup,
+            folder,
+            table=adapter_table(form.table, form.lora),
+            state=state,
+            backend=form.backend,
+            dtype=form.dtype,
+            max_shard_size=max(1, num_bytes),
+            stem=_PART_STEM,
+        )
+        return []
+
+    def finish(folder: Path) -> list[Path]:
+        _join(folder, form)
+        return _write_beside(folder, form, arguments)
+
+    return publish_checkpoint(
+        run,
+        step,
+        write,
+        state=state,
+        # The parts and what they become are there at once.
+        num_bytes=2 * num_bytes + SMALL_FILES_BYTES,
+        retention=Retention(limit=save_total_limit, protected=protected),
+        finish=finish,
+    )
+
+
+def export_adapter(
+    folder: Path,
+    stored: StoredAdapter,
+    *,
+    form: AdapterFormat,
+    arguments: Mapping[str, Any],
+    state: ParallelState,
+    exist_ok: bool,
+) -> None:
+    """Writes an adapter that was read as a folder that is no checkpoint of a run.
+
+    Only the first rank reads and writes; the others wait.
+
+    Args:
+        folder: Its name.
+        stored: The adapter.
+        form: How it is written.
+        arguments: The resolved configuration, for args.json.
+        state: This rank; every rank must call this.
+        exist_ok: See `publish_folder`.
+
+    Raises:
+        SaveError: On every rank.
+    """
+
+    def finish(staged: Path) -> list[Path]:
+        with stored.open() as source:
+            write_adapter_file(
+                source,
+                staged / WEIGHTS_FILE,
+                lora=form.lora,
+                table=form.table,
+                layout=form.layout,
+                dtype=form.dtype,
+            )
+        return _write_beside(staged, form, arguments)
+
+    publish_folder(
+        folder,
+        lambda _: [],
+        state=state,
+        num_bytes=_num_bytes(form) + SMALL_FILES_BYTES,
+        sources=[form.source, stored.folder],
+        exist_ok=exist_ok,
+        finish=finish,
+    )
+
+
+def _num_bytes(form: AdapterFormat) -> int:
+    shapes = hf_tensors(adapter_table(form.table, form.lora)).values()
+    return sum(prod(shape) for shape in shapes) * form.dtype.itemsize
+
+
+def _write_beside(folder: Path, form: AdapterFormat, arguments: Mapping[str, Any]) -> list[Path]:
+    """Writes all but the weights."""
+    config = adapter_config(
+        form.lora, form.table, base=form.base, layout=form.layout, dropout=form.dropout
+    )
+    return [
+        *copy_beside_weights(form.source, folder),
+        write_json(folder / CONFIG_FILE, config),
+        write_json(folder / "args.json", arguments),
+    ]
+
+
+def _join(folder: Path, form: AdapterFormat) -> None:
+    """Makes one file of those that the ranks wrote, and removes them."""
+    written = sorted(folder.glob(f"{_PART_STEM}*"))
+    parts = [path for path in written if path.suffix == ".safetensors"]
+    join_adapter_files(
+        parts, folder / WEIGHTS_FILE, lora=form.lora, table=form.table, layout=form.layout
+    )
+    for path in written:
+        path.unlink()

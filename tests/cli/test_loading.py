@@ -1,0 +1,84 @@
+"""What ranks load: in which precision, and adapters on top."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtrain.cli.adapter_source import open_adapter
+from mtrain.cli.loading import load_adapter, load_model, training_dtype
+from mtrain.cli.model_source import open_source
+from mtrain.config import ModelConfig, ParallelConfig, SftConfig, TunerConfig
+from tests.lora.peft_folders import load_with_peft, logits_of, save_with_peft
+from tests.megatron import SINGLE
+from tests.ranks import run_ranks
+from tests.tiny import make_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("asked", "hf_config", "expected"),
+    [
+        (None, {"dtype": "bfloat16"}, torch.bfloat16),
+        (None, {"torch_dtype": "float16"}, torch.float16),
+        (None, {}, torch.float32),
+        ("float32", {"dtype": "bfloat16"}, torch.float32),
+        ("bfloat16", {"torch_dtype": "float64"}, torch.bfloat16),
+    ],
+)
+def test_the_precision_is_that_of_the_checkpoint_unless_told(asked, hf_config, expected) -> None:
+    assert training_dtype(ModelConfig(torch_dtype=asked), hf_config) == expected
+
+
+def test_an_adapter_may_have_a_precision_of_its_own() -> None:
+    model, hf_config = ModelConfig(torch_dtype="float16"), {"dtype": "bfloat16"}
+    assert training_dtype(model, hf_config, wanted="float32") == torch.float32
+
+
+def test_a_precision_that_cannot_be_trained_in_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"config\.json: dtype 'float8_e4m3fn' cannot be trained"):
+        training_dtype(ModelConfig(), {"dtype": "float8_e4m3fn"})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("base"), "qwen3")
+
+
+def logits(state, folder: Path, adapters: tuple[str, ...] | None):
+    """Logits of the model with an adapter, or without one, and what is trained."""
+    config = SftConfig(
+        model=ModelConfig(model=str(folder)),
+        tuner=TunerConfig(tuner_type="lora", adapters=adapters or ()),
+    )
+    source = open_source(config.model, ParallelConfig(), world_size=1, download=False)
+    chunks = load_model(
+        config, source, state, backend="torch", training=config.training, dtype=torch.float32
+    )
+    if adapters is not None:
+        adapter = open_adapter(config.tuner, source, model=config.model)
+        options = {"backend": "torch", "dtype": torch.float32, "dropout": 0.5, "seed": 0}
+        load_adapter(chunks, adapter, source, state, **options)
+    (model,) = chunks
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        output = model.eval()(ids, torch.arange(12).expand(2, -1))
+    return output, trained
+
+
+def test_a_fresh_adapter_leaves_the_logits_as_they_are(folder) -> None:
+    """T44: bit for bit."""
+    [(base, everything)] = run_ranks(SINGLE, logits, folder, None)
+    [(ours, trained)] = run_ranks(SINGLE, logits, folder, ())
+    assert torch.equal(ours, base)
+    assert len(everything) > len(trained) > 0
+    assert all(name.endswith((".adapter.lora_a", ".adapter.lora_b")) for name in trained)
+
+
+def test_an_adapter_of_peft_does_what_it_does_there(folder, tmp_path) -> None:
+    save_with_peft(folder, tmp_path, r=2, lora_alpha=3, target_modules=["k_proj", "up_proj"])
+    [(ours, _)] = run_ranks(SINGLE, logits, folder, (str(tmp_path),))
+    expected = logits_of(load_with_peft(folder, tmp_path))
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    [(base, _)] = run_ranks(SINGLE, logits, folder, None)
+    assert (expected - base).abs().max() > 1e-2, "the adapter must matter in this test"

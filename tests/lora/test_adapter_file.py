@@ -1,0 +1,85 @@
+"""One file out of many: its bytes depend on the values and the layout of experts alone."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mtrain.bridge.plan import hf_tensors, weight_table
+from mtrain.bridge.safetensors_header import read_header
+from mtrain.lora.adapter_file import AdapterReader, join_adapter_files, write_adapter_file
+from mtrain.lora.fused_experts import fused_factors
+from mtrain.lora.plan import adapter_table
+from tests.lora.peft_folders import random_values, uniform_plan
+from tests.tiny import tiny_config
+
+TABLE = weight_table(tiny_config("qwen3_moe_mixed"))
+LORA = uniform_plan(
+    TABLE, "q_proj", "gate_proj", "up_proj", "down_proj", modules_to_save=("lm_head.weight",)
+)
+VALUES = random_values(LORA, TABLE)
+
+
+def join(folder, *parts, layout="per_expert"):
+    """Joins parts that are given by the names that they hold."""
+    folder.mkdir()
+    paths = [folder / f"{index}.safetensors" for index in range(len(parts))]
+    for path, names in zip(paths, parts, strict=True):
+        save_file({name: VALUES[name] for name in names}, path)
+    target = folder / "joined.safetensors"
+    join_adapter_files(paths, target, lora=LORA, table=TABLE, layout=layout)
+    return target
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "fused"])
+def test_the_bytes_do_not_depend_on_the_parts(tmp_path, layout):
+    names = sorted(VALUES)
+    one = join(tmp_path / "one", names, layout=layout)
+    three = join(tmp_path / "three", names[2::3], names[::3], names[1::3], layout=layout)
+    assert one.read_bytes() == three.read_bytes()
+
+
+def test_single_experts_are_copied_in_the_order_of_the_model(tmp_path):
+    target = join(tmp_path / "a", sorted(VALUES))
+    assert list(read_header(target)) == list(hf_tensors(adapter_table(TABLE, LORA)))
+    stored = load_file(target)
+    assert stored.keys() == VALUES.keys()
+    assert all(torch.equal(stored[name], VALUES[name]) for name in VALUES)
+
+
+def test_fused_experts_are_one_tensor_a_layer(tmp_path):
+    target = join(tmp_path / "a", sorted(VALUES), layout="fused")
+    shapes = {name: tensor.shape for name, tensor in read_header(target).items()}
+    experts = "base_model.model.model.layers.2.mlp.experts"
+    assert {name: shape for name, shape in shapes.items() if experts in name} == {
+        f"{experts}.base_layer.lora_A.weight": (4 * 8, 64),
+        f"{experts}.base_layer.lora_B.weight": (96, 4 * 8),
+        f"{experts}.lora_A.weight": (4 * 4, 48),
+        f"{experts}.lora_B.weight": (64, 4 * 4),
+    }
+    with AdapterReader(target, fused_factors(LORA, TABLE)) as reader:
+        assert all(torch.equal(reader.slices(name)[:], VALUES[name]) for name in VALUES)
+
+
+def test_slices_of_single_experts_can_be_read_from_fused_ones(tmp_path):
+    target = join(tmp_path / "a", sorted(VALUES), layout="fused")
+    name = "base_model.model.model.layers.0.mlp.experts.3.up_proj.lora_B.weight"
+    with AdapterReader(target, fused_factors(LORA, TABLE)) as reader:
+        assert torch.equal(reader.slices(name)[12:20, 1:3], VALUES[name][12:20, 1:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_values_are_converted_to_the_dtype_that_is_wanted(tmp_path, dtype):
+    source = join(tmp_path / "a", sorted(VALUES))
+    target = tmp_path / "converted.safetensors"
+    with AdapterReader(source, ()) as reader:
+        write_adapter_file(reader, target, lora=LORA, table=TABLE, layout="per_expert", dtype=dtype)
+    stored = load_file(target)
+    assert all(torch.equal(stored[name], VALUES[name].to(dtype)) for name in VALUES)
+
+
+def test_parts_that_are_not_the_adapter_are_a_bug(tmp_path):
+    names = sorted(VALUES)
+    with pytest.raises(AssertionError, match="parts are not the adapter"):
+        join(tmp_path / "less", names[1:])
+    with pytest.raises(AssertionError, match="parts are not the adapter"):
+        join(tmp_path / "twice", names, names[:1])
