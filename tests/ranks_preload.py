@@ -3,6 +3,7 @@
 import torch
 
 import mtrain.cli.sft  # noqa: F401  what ranks are tested on, imported once
+import tests.adapters  # noqa: F401  PEFT
 from mtrain.platform.device import prepare_megatron
 
 torch.set_num_threads(1)

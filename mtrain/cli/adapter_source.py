@@ -10,14 +10,12 @@ from pathlib import Path
 
 from mtrain.bridge.plan import hf_tensors
 from mtrain.bridge.rules import WeightTable
-from mtrain.bridge.safetensors_header import read_header
 from mtrain.cli.model_source import ModelSource, dtype_name
-from mtrain.config import ModelConfig, TunerConfig
-from mtrain.lora.peft_format import WEIGHTS_FILE, StoredAdapter, read_adapter
-from mtrain.lora.plan import LoraPlan, adapter_table
+from mtrain.config import ExportConfig, SftConfig, TunerConfig
+from mtrain.lora.peft_config import adapter_config, per_expert_problem
+from mtrain.lora.peft_format import StoredAdapter, read_adapter
+from mtrain.lora.plan import LoraPlan, adapter_table, check_mergeable
 from mtrain.lora.targets import choose_targets
-
-_PRECISIONS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,36 +45,60 @@ class AdapterSource:
         return tuple(sorted(found))
 
 
-def stored_precision(stored: StoredAdapter) -> str:
-    """Precision of an adapter in files; float32 where its tensors have several."""
-    found = {tensor.dtype for tensor in read_header(stored.folder / WEIGHTS_FILE).values()}
-    return _PRECISIONS.get(found.pop(), "float32") if len(found) == 1 else "float32"
-
-
-def open_adapter(
-    tuner: TunerConfig, source: ModelSource, *, model: ModelConfig
-) -> AdapterSource | None:
+def open_adapter(config: SftConfig | ExportConfig, source: ModelSource) -> AdapterSource | None:
     """Plans the adapter of a run; None when all weights are trained.
 
     Args:
-        tuner: The settings.
+        config: The configuration.
         source: The model.
-        model: Its settings, for the precision.
 
     Raises:
         ValueError: With the reason, in one line.
     """
+    tuner = config.tuner
+    if isinstance(config, SftConfig):
+        if tuner.tuner_type == "full":
+            return None
+        _check_precision(config, source)
     if tuner.adapters:
         (folder,) = tuner.adapters
         stored = read_adapter(Path(folder).expanduser(), source.table)
-        return AdapterSource(lora=stored.lora, stored=stored)
-    if tuner.tuner_type == "full":
+        adapter = AdapterSource(lora=stored.lora, stored=stored)
+    else:
+        adapter = AdapterSource(lora=choose_targets(source.table, tuner), stored=None)
+    if tuner.merge_lora:
+        check_mergeable(source.table, adapter.lora)
+    else:
+        # What PEFT could not load is refused now, and not at the first save.
+        layout = tuner.lora_export_layout
+        adapter_config(adapter.lora, source.table, base=None, layout=layout, dropout=0.0)
+    return adapter
+
+
+def saving_notice(
+    tuner: TunerConfig, adapter: AdapterSource | None, source: ModelSource
+) -> str | None:
+    """What the user should know about the files that will be saved; mostly nothing."""
+    if adapter is None or tuner.merge_lora or tuner.lora_export_layout == "fused":
         return None
-    precision = dtype_name(model, source.hf_config)
-    if tuner.lora_dtype == "float16" and precision != "float16":
+    problem = per_expert_problem(adapter.lora, source.table)
+    return problem and f"{problem}; --lora_export_layout fused has no such limit"
+
+
+def _check_precision(config: SftConfig, source: ModelSource) -> None:
+    """Refuses precisions of an adapter that the optimizer cannot work with."""
+    wanted, training = config.tuner.lora_dtype, dtype_name(config.model, source.hf_config)
+    if wanted in (None, training, "float32"):
+        return
+    if wanted == "float16":
         # Without a loss scale their gradients would vanish.
         raise ValueError(
-            f"--lora_dtype float16 does not work in {precision} training; use {precision}, or "
+            f"--lora_dtype float16 does not work in {training} training; use {training}, or "
             "--torch_dtype float16"
         )
-    return AdapterSource(lora=choose_targets(source.table, tuner), stored=None)
+    if training == "float32" and not config.parallel.use_distributed_optimizer:
+        # Megatron-Core keeps float32 copies of them only there or in half-precision training.
+        raise ValueError(
+            f"--lora_dtype {wanted} in float32 training needs --use_distributed_optimizer true; "
+            "or use float32"
+        )

@@ -14,7 +14,7 @@ import torch
 from mtrain.bridge.plan import Backend
 from mtrain.checkpoint.adapter import AdapterFormat, export_adapter
 from mtrain.checkpoint.weights import WeightsFormat, export_model
-from mtrain.cli.adapter_source import AdapterSource, stored_precision
+from mtrain.cli.adapter_source import AdapterSource
 from mtrain.cli.launch import Placement
 from mtrain.cli.loading import find_backend, join, load_adapter, load_model, training_dtype
 from mtrain.cli.model_source import ModelSource, base_name, stored_dtype_name
@@ -108,7 +108,9 @@ def _rewrite(
     """Saves the adapter as it is, with its experts in the layout that is asked for."""
     stored = adapter.stored
     assert stored is not None, "check_export refuses it"
-    dropout = stored.config.get("lora_dropout")
+    # Wider than float32 is neither computed nor written here.
+    own_dtype = "float32" if stored.dtype == "float64" else stored.dtype
+    wanted = config.tuner.lora_dtype or own_dtype
     export_adapter(
         folder,
         stored,
@@ -117,15 +119,10 @@ def _rewrite(
             table=source.table,
             lora=adapter.lora,
             backend=backend,
-            dtype=training_dtype(
-                config.model,
-                source.hf_config,
-                wanted=config.tuner.lora_dtype or stored_precision(stored),
-            ),
+            dtype=training_dtype(config.model, source.hf_config, wanted=wanted),
             base=base_name(config.model),
             layout=config.tuner.lora_export_layout,
-            # Somebody else's file: whatever is no number is not kept.
-            dropout=dropout if isinstance(dropout, float) else 0.0,
+            dropout=stored.dropout,
         ),
         arguments=config_to_dict(config),
         state=state,

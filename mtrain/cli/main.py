@@ -174,8 +174,7 @@ def _prepare_sft(config: SftConfig, *, world_size: int, show_progress: bool) -> 
 def _prepare_export(config: ExportConfig, *, world_size: int, show_progress: bool) -> None:
     from mtrain.cli.preparation import prepare_export
 
-    del show_progress
-    prepare_export(config, world_size=world_size)
+    prepare_export(config, world_size=world_size, show_progress=show_progress)
 
 
 def _run_sft(config: SftConfig, here: Placement) -> int:

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mtrain.cli.adapter_source import AdapterSource, open_adapter
+from mtrain.cli.adapter_source import AdapterSource, open_adapter, saving_notice
 from mtrain.cli.model_source import ModelSource, open_source
 from mtrain.config import ExportConfig, SftConfig
 
@@ -49,7 +49,9 @@ def prepare(config: SftConfig, *, world_size: int, show_progress: bool) -> None:
     Raises:
         ValueError: Model, adapter or data cannot be used, with the reason in one line.
     """
-    source, _ = _open_model(config, world_size=world_size, download=True)
+    source, adapter = _open_model(config, world_size=world_size, download=True)
+    if show_progress:
+        _print_notice(config, source, adapter)
     data = _prepare_data(config, source, show_progress=show_progress)
     if show_progress:
         for name, report in (("train", data.report.train), ("val", data.report.validation)):
@@ -72,17 +74,20 @@ def open_inputs(config: SftConfig, *, world_size: int) -> Inputs:
     return Inputs(source=source, adapter=adapter, data=data)
 
 
-def prepare_export(config: ExportConfig, *, world_size: int) -> None:
+def prepare_export(config: ExportConfig, *, world_size: int, show_progress: bool) -> None:
     """Finds and checks the model and the adapter of an export.
 
     Args:
         config: Resolved and checked.
         world_size: Ranks of the export.
+        show_progress: Whether this process speaks for its machine.
 
     Raises:
         ValueError: One of them cannot be used, with the reason in one line.
     """
-    _open_model(config, world_size=world_size, download=True)
+    source, adapter = _open_model(config, world_size=world_size, download=True)
+    if show_progress:
+        _print_notice(config, source, adapter)
 
 
 def open_export_inputs(
@@ -102,7 +107,15 @@ def _open_model(
     config: SftConfig | ExportConfig, *, world_size: int, download: bool
 ) -> tuple[ModelSource, AdapterSource | None]:
     source = open_source(config.model, config.parallel, world_size=world_size, download=download)
-    return source, open_adapter(config.tuner, source, model=config.model)
+    return source, open_adapter(config, source)
+
+
+def _print_notice(
+    config: SftConfig | ExportConfig, source: ModelSource, adapter: AdapterSource | None
+) -> None:
+    notice = saving_notice(config.tuner, adapter, source)
+    if notice is not None:
+        print(f"note: {notice}", file=sys.stderr)
 
 
 def _prepare_data(config: SftConfig, source: ModelSource, *, show_progress: bool) -> PreparedData:

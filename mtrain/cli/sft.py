@@ -105,7 +105,7 @@ def run(config: SftConfig, here: Placement) -> int:
             plan=_loop_plan(config, train_data.plan, total_steps=total_steps),
             settings=config.training,
             state=state,
-            meter=_meter(bare, source, train_data, state, total_steps=total_steps),
+            meter=_meter(bare, inputs, train_data, state, total_steps=total_steps),
             log=log,
             evaluate=_evaluation(config, data, chunks, state),
             save=functools.partial(_save, config, inputs, state, folder, backend, bare),
@@ -168,16 +168,21 @@ def _loop_plan(config: SftConfig, batches: BatchPlan, *, total_steps: int) -> Lo
 
 def _meter(
     chunks: Sequence[LanguageModel],
-    source: ModelSource,
+    inputs: Inputs,
     batches: Batches,
     state: ParallelState,
     *,
     total_steps: int,
 ) -> Meter:
+    shape = ModelShape.from_config(
+        chunks[0].config,
+        vocab_size=inputs.source.hf_config["vocab_size"],
+        is_frozen=inputs.adapter is not None,
+    )
     size = RunSize(
         total_steps=total_steps,
         samples_per_epoch=batches.num_samples,
-        shape=ModelShape.from_config(chunks[0].config, vocab_size=source.hf_config["vocab_size"]),
+        shape=shape,
         num_routers=count_routers(chunks),
     )
     return Meter(state=state, device=device_info(), size=size)

@@ -127,6 +127,29 @@ def adapter_table(table: WeightTable, lora: LoraPlan) -> WeightTable:
     return WeightTable(num_layers=table.num_layers, rules=tuple(rules))
 
 
+def check_mergeable(table: WeightTable, lora: LoraPlan) -> None:
+    """Refuses what merging would change the meaning of.
+
+    An adapter of an embedding adapts the lookup alone, as in PEFT. Where the output layer is the
+    same tensor, a merge would change that too.
+
+    Args:
+        table: Weights of the model.
+        lora: The adapters.
+
+    Raises:
+        ValueError: The adapter cannot be merged.
+    """
+    tied = {tensor for rule in table.rules if rule.is_duplicate for tensor in rule.hf}
+    for linear in lora.linears:
+        if linear.kind == "embedding" and tied.intersection(linear.rule.hf):
+            raise ValueError(
+                f"the adapter of {module_name(linear.rule.hf[0])} cannot be merged: this model "
+                "uses the tensor as output layer too, which the adapter leaves alone; use "
+                "--merge_lora false"
+            )
+
+
 def _factor_rules(linear: AdaptedLinear) -> tuple[Rule, Rule]:
     rule, rank = linear.rule, linear.rank
     is_embedding = linear.kind == "embedding"

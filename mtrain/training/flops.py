@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelShape", "training_flops"]
 
-# A weight takes part in one multiply-add a token in forward, and in two in backward.
+# A weight takes part in one multiply-add a token in forward, and in two in backward: one for the
+# gradient of the activations and one for its own, which a frozen weight does not need.
 _FLOPS_PER_WEIGHT = 6
+_FLOPS_PER_FROZEN_WEIGHT = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +30,19 @@ class ModelShape:
             mixture the experts that a token is routed to, and the router) and the output layer;
             not the embedding, which is looked up, nor norms.
         attention_width: Query heads x head size.
+        is_frozen: Whether all these weights are frozen, as under an adapter; the adapter's own
+            work, a percent or so, is not counted.
     """
 
     num_layers: int
     num_matmul_weights: int
     attention_width: int
+    is_frozen: bool = False
 
     @classmethod
-    def from_config(cls, config: TransformerConfig, *, vocab_size: int) -> ModelShape:
+    def from_config(
+        cls, config: TransformerConfig, *, vocab_size: int, is_frozen: bool = False
+    ) -> ModelShape:
         """The shape of a GPT model with this Megatron-Core configuration."""
         width = config.num_attention_heads * config.kv_channels
         key_value_width = config.num_query_groups * config.kv_channels
@@ -50,6 +57,7 @@ class ModelShape:
             + moe
             + config.hidden_size * vocab_size,
             attention_width=width,
+            is_frozen=is_frozen,
         )
 
 
@@ -63,10 +71,11 @@ def training_flops(shape: ModelShape, *, num_tokens: float, num_attention_pairs:
             `length * (length + 1) / 2` over the documents.
 
     Returns:
-        FLOPs over all ranks: 6 a weight and token; a pair costs 2 in each of the two products of
-        attention, a head channel, and backward costs twice the forward.
+        FLOPs over all ranks: 6 a weight and token, 4 if it is frozen; a pair costs 2 in each of the
+        two products of attention, a head channel, and backward costs twice the forward.
     """
-    weights = _FLOPS_PER_WEIGHT * shape.num_matmul_weights * num_tokens
+    per_weight = _FLOPS_PER_FROZEN_WEIGHT if shape.is_frozen else _FLOPS_PER_WEIGHT
+    weights = per_weight * shape.num_matmul_weights * num_tokens
     attention = 3 * 4 * shape.num_layers * shape.attention_width * num_attention_pairs
     return weights + attention
 

@@ -216,6 +216,21 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_with_the_reason(tmp_path, ho
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
 
 
+def save_again(state: ParallelState, run: Path) -> str:
+    with pytest.raises(SaveError) as caught:
+        publish(state, run, [1])
+    return str(caught.value)
+
+
+def test_a_folder_with_files_is_not_overwritten_but_an_empty_one_is_taken(tmp_path):
+    """T04."""
+    (tmp_path / "checkpoint-1").mkdir()
+    run_ranks(TWO, publish, tmp_path, [1])
+    assert len(list((tmp_path / "checkpoint-1").iterdir())) == 2
+    for message in run_ranks(TWO, save_again, tmp_path):
+        assert "it exists already and will not be overwritten" in message
+
+
 @pytest.mark.parametrize(("limit", "kept"), [(1, {4}), (2, {3, 4}), (9, {1, 2, 3, 4})])
 def test_the_newest_checkpoints_are_kept(tmp_path, limit, kept):
     """T06."""

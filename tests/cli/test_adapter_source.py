@@ -4,12 +4,11 @@ from pathlib import Path
 
 import peft
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from mtrain.cli.adapter_source import open_adapter, stored_precision
+from mtrain.cli.adapter_source import open_adapter
 from mtrain.cli.model_source import ModelSource, open_source
-from mtrain.config import ModelConfig, ParallelConfig, TunerConfig
+from mtrain.config import ModelConfig, ParallelConfig, SftConfig, TunerConfig
 from tests.lora.peft_folders import hf_model, save_with_peft
 from tests.tiny import make_checkpoint
 
@@ -31,8 +30,13 @@ def stored(source, tmp_path_factory) -> Path:
     return folder
 
 
-def opened(source, *, torch_dtype=None, **tuner):
-    return open_adapter(TunerConfig(**tuner), source, model=ModelConfig(torch_dtype=torch_dtype))
+def opened(source, *, torch_dtype=None, use_distributed_optimizer=True, **tuner):
+    config = SftConfig(
+        model=ModelConfig(torch_dtype=torch_dtype),
+        parallel=ParallelConfig(use_distributed_optimizer=use_distributed_optimizer),
+        tuner=TunerConfig(**tuner),
+    )
+    return open_adapter(config, source)
 
 
 def test_full_training_has_no_adapter(source) -> None:
@@ -63,27 +67,24 @@ def test_a_home_folder_is_found(source, stored, monkeypatch) -> None:
     assert adapter.stored.folder == stored
 
 
-def test_half_precision_without_a_loss_scale_is_refused(source) -> None:
-    half = {"tuner_type": "lora", "lora_dtype": "float16"}
-    assert opened(source, torch_dtype="float16", **half) is not None
-    assert opened(source, tuner_type="lora", lora_dtype="float32") is not None
-    with pytest.raises(ValueError, match="--lora_dtype float16 does not work in bfloat16 training"):
-        opened(source, **half)
-
-
 @pytest.mark.parametrize(
-    ("dtypes", "expected"),
+    ("training", "adapter", "is_distributed", "message"),
     [
-        ([torch.bfloat16], "bfloat16"),
-        ([torch.float16], "float16"),
-        ([torch.float32, torch.bfloat16], "float32"),
-        ([torch.float64], "float32"),
+        (None, "float32", False, None),
+        (None, "bfloat16", False, None),
+        ("float16", "float16", False, None),
+        ("float32", "bfloat16", True, None),
+        (None, "float16", True, "--lora_dtype float16 does not work in bfloat16 training"),
+        ("float32", "bfloat16", False, "needs --use_distributed_optimizer true; or use float32"),
     ],
 )
-def test_the_precision_of_files_is_found(source, stored, tmp_path, dtypes, expected) -> None:
-    tensors = load_file(stored / "adapter_model.safetensors")
-    cast = {n: t.to(dtypes[i % len(dtypes)]) for i, (n, t) in enumerate(tensors.items())}
-    save_file(cast, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_bytes((stored / "adapter_config.json").read_bytes())
-    adapter = opened(source, tuner_type="lora", adapters=(str(tmp_path),))
-    assert stored_precision(adapter.stored) == expected
+def test_precisions_that_the_optimizer_cannot_work_with_are_refused(
+    source, training, adapter, is_distributed, message
+) -> None:
+    settings = {"torch_dtype": training, "use_distributed_optimizer": is_distributed}
+    tuner = {"tuner_type": "lora", "lora_dtype": adapter}
+    if message is None:
+        assert opened(source, **settings, **tuner) is not None
+        return
+    with pytest.raises(ValueError, match=message):
+        opened(source, **settings, **tuner)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mtrain.cli import export
 from mtrain.cli.launch import Placement
@@ -56,7 +56,7 @@ def settings(folders, output: Path, *, torch_dtype=None, exist_ok=False, **tuner
 
 
 def run_alone(config: ExportConfig) -> Path:
-    prepare_export(config, world_size=1)
+    prepare_export(config, world_size=1, show_progress=False)
     try:
         assert export.run(config, Placement()) == 0
     finally:
@@ -120,6 +120,18 @@ def test_an_adapter_keeps_its_precision_unless_told(folders, tmp_path) -> None:
     files = [folder / "adapter_model.safetensors" for folder in (first, second)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert {tensor.dtype for tensor in load_file(files[0]).values()} == {torch.bfloat16}
+
+
+def test_an_adapter_in_double_precision_becomes_a_float32_one(folders, tmp_path) -> None:
+    base, adapter = folders
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    (wide / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({n: t.double() for n, t in tensors.items()}, wide / "adapter_model.safetensors")
+    output = run_alone(settings((base, wide), tmp_path / "out", merge_lora=False))
+    saved = load_file(output / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 def test_a_result_takes_the_place_of_older_weights_when_told(folders, merged, tmp_path) -> None:

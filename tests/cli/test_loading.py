@@ -55,7 +55,7 @@ def logits(state, folder: Path, adapters: tuple[str, ...] | None):
         config, source, state, backend="torch", training=config.training, dtype=torch.float32
     )
     if adapters is not None:
-        adapter = open_adapter(config.tuner, source, model=config.model)
+        adapter = open_adapter(config, source)
         options = {"backend": "torch", "dtype": torch.float32, "dropout": 0.5, "seed": 0}
         load_adapter(chunks, adapter, source, state, **options)
     (model,) = chunks

@@ -54,8 +54,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
     def prepare(config: SftConfig, *, world_size: int, show_progress: bool) -> None:
         calls.append(("prepare", (world_size, show_progress)))
 
-    def prepare_export(config: ExportConfig, *, world_size: int) -> None:
-        calls.append(("prepare_export", world_size))
+    def prepare_export(config: ExportConfig, *, world_size: int, show_progress: bool) -> None:
+        calls.append(("prepare_export", (world_size, show_progress)))
 
     def run(config: SftConfig | ExportConfig, here: Placement) -> int:
         calls.append(("run", config))
@@ -145,7 +145,7 @@ def test_nproc_per_node_starts_ranks_of_an_export(export_words, started, monkeyp
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     assert main([*export_words, "--tensor_model_parallel_size", "2"]) == 7
     name, (launch, words) = started[-1]
-    assert started[0] == ("prepare_export", 2)
+    assert started[0] == ("prepare_export", (2, True))
     assert (name, launch) == ("launch", Launch(nproc_per_node=2))
     assert words[:3] == ["-m", "mtrain.cli.main", "export"]
     assert words[3:-2] == export_words[1:]

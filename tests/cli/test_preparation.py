@@ -9,9 +9,18 @@ from pathlib import Path
 import pytest
 
 from mtrain.cli import demo
-from mtrain.cli.preparation import open_inputs, prepare
-from mtrain.config import DataConfig, ModelConfig, SftConfig, TemplateConfig
+from mtrain.cli.preparation import open_inputs, prepare, prepare_export
+from mtrain.config import (
+    DataConfig,
+    ExportConfig,
+    ModelConfig,
+    SftConfig,
+    TemplateConfig,
+    TunerConfig,
+)
 from mtrain.data.storage import TokenizedDataset
+from tests.lora.peft_folders import random_values, table_of, uniform_plan, write_adapter
+from tests.tiny import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,6 +97,56 @@ def test_a_token_without_a_row_in_the_embedding_is_refused(config, model, tmp_pa
     spoiled = dataclasses.replace(config, model=ModelConfig(model=str(other)))
     with pytest.raises(ValueError, match=r"but the embedding of .* has 300 rows; the tokenizer"):
         prepare(spoiled, world_size=1, show_progress=False)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("experts"), "qwen3_moe")
+
+
+@pytest.mark.parametrize(
+    ("tuner", "is_told"),
+    [
+        ({"target_modules": ("down_proj", "gate_proj")}, True),
+        ({"target_modules": ("down_proj", "gate_proj"), "lora_export_layout": "fused"}, False),
+        ({"target_modules": ("down_proj", "gate_proj"), "merge_lora": True}, False),
+        ({}, False),
+    ],
+)
+def test_adapters_that_peft_will_not_load_are_told_before_they_are_trained(
+    experts, capsys, tuner, is_told
+) -> None:
+    config = ExportConfig(
+        model=ModelConfig(model=str(experts)), tuner=TunerConfig(tuner_type="lora", **tuner)
+    )
+    prepare_export(config, world_size=1, show_progress=False)
+    assert capsys.readouterr().err == ""
+    prepare_export(config, world_size=1, show_progress=True)
+    said = capsys.readouterr().err
+    assert ("note: PEFT with transformers 5 does not load experts" in said) is is_told
+    assert ("--lora_export_layout fused has no such limit" in said) is is_told
+
+
+def test_an_adapter_that_cannot_be_saved_is_refused_before_it_is_trained(experts, tmp_path) -> None:
+    """PEFT fuses gate and up of experts, which cannot have two scales there."""
+    table = table_of(experts)
+    lora = uniform_plan(table, "gate_proj", "up_proj", "down_proj")
+    folder = write_adapter(tmp_path / "adapter", lora, table, random_values(lora, table))
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {"up_proj": 12}}))
+    tuner = TunerConfig(adapters=(str(folder),))
+    config = ExportConfig(model=ModelConfig(model=str(experts)), tuner=tuner)
+    with pytest.raises(ValueError, match="PEFT knows one scale for gate_up_proj; merge the adapt"):
+        prepare_export(config, world_size=1, show_progress=False)
+    merged = dataclasses.replace(config, tuner=dataclasses.replace(tuner, merge_lora=True))
+    prepare_export(merged, world_size=1, show_progress=False)
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused_before_it_is_trained(config) -> None:
+    """The embedding of this model is its output layer too, which an adapter leaves alone."""
+    tuner = TunerConfig(tuner_type="lora", target_modules=("all-embedding",), merge_lora=True)
+    with pytest.raises(ValueError, match=r"the adapter of model\.embed_tokens cannot be merged"):
+        prepare(dataclasses.replace(config, tuner=tuner), world_size=1, show_progress=False)
 
 
 LOOK_AT_MODULES = """

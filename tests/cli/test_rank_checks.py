@@ -5,18 +5,23 @@ from pathlib import Path
 
 import pytest
 
+from mtrain.cli.adapter_source import AdapterSource
 from mtrain.cli.model_source import open_source
 from mtrain.cli.rank_checks import check_attention, check_collectives, check_same_inputs
 from mtrain.config import (
     CheckpointConfig,
     DataConfig,
+    ExportConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     SftConfig,
+    TunerConfig,
 )
 from mtrain.data.report import PreparationReport, SplitReport
 from mtrain.data.tokenize import PreparedData
+from mtrain.lora.peft_format import StoredAdapter
+from mtrain.lora.plan import LoraPlan
 from mtrain.parallel import ParallelLayout
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
@@ -102,3 +107,35 @@ def test_nodes_must_be_given_the_same(tmp_path, second, keys, expected) -> None:
     folder = make_checkpoint(tmp_path, "llama")
     answers = run_ranks(ParallelLayout(world_size=2), compare, folder, [{}, second], keys)
     assert [answer.split(";")[0] for answer in answers] == [expected] * 2
+
+
+def compare_adapters(state, folder: Path, alphas: list[int]) -> str:
+    """What a rank says when ranks have adapters with these settings, at places of their own."""
+    lora = LoraPlan(linears=())
+    stored = StoredAdapter(
+        folder=Path(f"/{state.rank}"),
+        lora=lora,
+        config={"lora_alpha": alphas[state.rank]},
+        base=None,
+        dropout=0.0,
+        dtype="float32",
+    )
+    config = ExportConfig(tuner=TunerConfig(adapters=(f"/{state.rank}",)))
+    model = ModelConfig(model=str(folder))
+    source = open_source(model, ParallelConfig(), world_size=1, download=False)
+    try:
+        check_same_inputs(config, source, state, adapter=AdapterSource(lora=lora, stored=stored))
+    except ValueError as error:
+        return str(error)
+    return "same"
+
+
+@pytest.mark.parametrize(
+    ("alphas", "expected"),
+    [([4, 4], "same"), ([4, 5], "adapter_config.json of --adapters differs between the nodes: ")],
+)
+def test_nodes_must_be_given_the_same_adapter(tmp_path, alphas, expected) -> None:
+    """T35."""
+    folder = make_checkpoint(tmp_path, "llama")
+    for answer in run_ranks(ParallelLayout(world_size=2), compare_adapters, folder, alphas):
+        assert answer.startswith(expected)

@@ -21,6 +21,7 @@ from mtrain.lora.plan import (
     Adapter,
     LoraPlan,
     adapter_table,
+    check_mergeable,
     factor_names,
     module_name,
 )
@@ -308,3 +309,15 @@ def test_a_plan_without_linears_holds_the_saved_modules_alone():
     table, lora = plan_of("llama", target_modules=("q_proj",), modules_to_save=("norm",))
     saved = adapter_table(table, LoraPlan(linears=(), modules_to_save=lora.modules_to_save))
     assert hf_tensors(saved) == {PEFT_PREFIX + "model.norm.weight": (64,)}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_tied"])
+def test_an_embedding_that_is_the_output_layer_too_is_not_merged(name):
+    table = weight_table(tiny_config(name))
+    check_mergeable(table, choose_targets(table, TunerConfig()))
+    embedding = choose_targets(table, TunerConfig(target_modules=("all-embedding",)))
+    if name == "qwen3":
+        check_mergeable(table, embedding)
+    else:
+        with pytest.raises(ValueError, match=r"model\.embed_tokens cannot be merged.*output layer"):
+            check_mergeable(table, embedding)

@@ -60,3 +60,8 @@ def test_short_documents_need_less_attention_than_one_long_one():
     shape = ModelShape(num_layers=1, num_matmul_weights=0, attention_width=1)
     # One token attends to itself alone: a product with k and one with v, 3 times 2 operations each.
     assert training_flops(shape, num_tokens=1, num_attention_pairs=1) == 12
+
+
+def test_frozen_weights_have_no_gradient_of_their_own():
+    shape = ModelShape(num_layers=1, num_matmul_weights=10, attention_width=1, is_frozen=True)
+    assert training_flops(shape, num_tokens=3, num_attention_pairs=0) == 4 * 10 * 3
