@@ -9,10 +9,13 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mtrain.bridge.plan import weight_table
 from mtrain.bridge.save import lookup_in
+from mtrain.bridge.slices import tensors_by_name
 from mtrain.config import MoEConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from mtrain.lora.merge import merged_lookup
 from mtrain.lora.plan import Adapter, adapter_table
 from mtrain.lora.weights import adapter_lookup
 from mtrain.parallel import ParallelLayout
@@ -273,3 +276,31 @@ def test_the_distributed_optimizer_changes_nothing(name, choice, sizes, judged, 
     arguments = (folder, lora, values, tmp_path, None, parallel)
     losses, norms, _, trained = run_ranks(LAYOUTS[sizes], train, *arguments)[0]
     assert_same((losses, norms, expected[2], trained), expected)
+
+
+def train_and_save(state, folder, lora, values, output):
+    """Saves the adapter and the merged model after every step, and the base weights at the end."""
+    table = weight_table(read_config(folder))
+    bare = attached(state, folder, lora, values)
+    chunks = wrap_chunks(bare, parallel=ParallelConfig(), grad_reduce_in_fp32=True)
+    optimizer = build_optimizer(chunks, OPTIMIZER)
+    scheduler = build_scheduler(optimizer, OPTIMIZER, total_steps=STEPS)
+    for step in range(STEPS):
+        batches = batches_of_rank(state, PACKED, step)
+        train_step(chunks, optimizer, scheduler, batches, state=state, step=step)
+        lookup = adapter_lookup(bare, dtype=torch.float32)
+        gathered(state, lookup, output / f"adapter{step}", adapter_table(table, lora))
+        gathered(state, merged_lookup(bare), output / f"merged{step}", table)
+    return gathered(state, lookup_in(tensors_by_name(bare)), output / "base", table)
+
+
+def test_base_weights_are_those_on_disk_after_training_with_ten_saves(judged, tmp_path):
+    folder, lora, values, _ = judged("qwen3_moe_mixed", "all")
+    arguments = (folder, lora, values, tmp_path)
+    after = run_ranks(LAYOUTS["tp2_ep2"], train_and_save, *arguments)[0]
+    on_disk = load_file(folder / "model.safetensors")
+    assert after.keys() == on_disk.keys()
+    assert all(torch.equal(after[name], on_disk[name]) for name in on_disk)
+    merged = [load_file(next(tmp_path.glob(f"merged{step}/*.safetensors"))) for step in (0, 4)]
+    (changed,) = {n for n in merged[0] if n.endswith("layers.0.self_attn.q_proj.weight")}
+    assert not torch.equal(merged[0][changed], merged[1][changed]), "nothing was trained"
