@@ -2,7 +2,6 @@
 
 import peft
 import torch
-from mtrain.lora.targets import choose_targets
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -11,6 +10,7 @@ from mtrain.bridge.save import save_weights
 from mtrain.config.tuner import TunerConfig
 from mtrain.lora.attach import attach_adapters
 from mtrain.lora.plan import adapter_table
+from mtrain.lora.targets import choose_targets
 from mtrain.lora.weights import initialize_adapters, load_adapters
 from tests.megatron import load_model, read_config
 
@@ -58,10 +58,14 @@ def gathered(state, lookup, output, table):
     options = {"state": state, "backend": "torch", "dtype": torch.float32, "max_shard_size": 10**9}
     save_weights(lookup, output, table=table, **options)
     torch.distributed.barrier()
+    return load_all(output) if state.is_first_rank else {}
+
+
+def load_all(folder):
+    """The tensors of all files in a folder."""
     found = {}
-    if state.is_first_rank:
-        for file in output.glob("*.safetensors"):
-            found |= load_file(file)
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
     return found
 
 

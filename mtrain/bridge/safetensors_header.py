@@ -56,12 +56,14 @@ class StoredTensor:
         dtype: Its dtype in the words of the format, e.g. "BF16".
         shape: Its shape.
         num_bytes: Its size in the file.
+        start: Where in the file its first byte is.
     """
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
+    start: int
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -70,7 +72,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         ValueError: The file is not sound; the message names the file, the tensor and the rule.
     """
-    header, data_size = _read_json(path)
+    header, data_start, data_size = _read_json(path)
     metadata = header.pop("__metadata__", {})
     if not _is_text_map(metadata):
         raise ValueError(f"{path}: __metadata__ must map text to text")
@@ -78,7 +80,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     places: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         try:
-            tensors[name], begin, end = _read_entry(path, entry)
+            tensors[name], begin, end = _read_entry(path, entry, data_start)
         except ValueError as error:
             raise ValueError(f"{path}: tensor {name!r}: {error}") from error
         places.append((begin, end, name))
@@ -143,8 +145,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], int]:
-    """The header as a dictionary, and the size of the data behind it."""
+def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header as a dictionary, where the data behind it begins, and its size."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{path}: not a regular file")
     with path.open("rb") as file:
@@ -164,10 +166,10 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int]:
         text = file.read(length)
     if not text.startswith(b"{"):
         raise ValueError(f"{path}: the header does not begin with '{{'")
-    return parse_json(text, source=path), file_size - 8 - length
+    return parse_json(text, source=path), 8 + length, file_size - 8 - length
 
 
-def _read_entry(path: Path, entry: object) -> tuple[StoredTensor, int, int]:
+def _read_entry(path: Path, entry: object, data_start: int) -> tuple[StoredTensor, int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError("an entry has exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -183,7 +185,10 @@ def _read_entry(path: Path, entry: object) -> tuple[StoredTensor, int, int]:
         raise ValueError(
             f"{dtype} of shape {shape} takes {num_bytes} bytes, its data_offsets {end - begin}"
         )
-    return StoredTensor(path=path, dtype=dtype, shape=tuple(shape), num_bytes=num_bytes), begin, end
+    tensor = StoredTensor(
+        path=path, dtype=dtype, shape=tuple(shape), num_bytes=num_bytes, start=data_start + begin
+    )
+    return tensor, begin, end
 
 
 def _check_places(path: Path, places: list[tuple[int, int, str]], data_size: int) -> None:

@@ -22,6 +22,7 @@ from mtrain.checkpoint.folder import Retention, publish_checkpoint, publish_fold
 from mtrain.checkpoint.weights import SMALL_FILES_BYTES, copy_beside_weights, write_json
 from mtrain.lora.adapter_file import join_adapter_files, write_adapter_file
 from mtrain.lora.adapter_settings import CONFIG_FILE
+from mtrain.lora.base_model import BASE_FILE, base_model
 from mtrain.lora.fused_experts import ExpertLayout
 from mtrain.lora.peft_config import adapter_config
 from mtrain.lora.peft_format import WEIGHTS_FILE, StoredAdapter
@@ -44,6 +45,7 @@ class AdapterFormat:
         backend: Spelling of the norms in the chunks.
         dtype: Dtype of the saved tensors.
         base: Name or path of the model, for adapter_config.json.
+        fingerprint: Of the model's checkpoint (`mtrain.bridge.fingerprint`).
         layout: How experts are stored.
         dropout: Dropout that the adapter is trained with.
     """
@@ -54,6 +56,7 @@ class AdapterFormat:
     backend: Backend
     dtype: torch.dtype
     base: str | None
+    fingerprint: str
     layout: ExpertLayout
     dropout: float
 
@@ -176,6 +179,7 @@ def _write_beside(folder: Path, form: AdapterFormat, arguments: Mapping[str, Any
     return [
         *copy_beside_weights(form.source, folder),
         write_json(folder / CONFIG_FILE, config),
+        write_json(folder / BASE_FILE, base_model(form.fingerprint)),
         write_json(folder / "args.json", arguments),
     ]
 

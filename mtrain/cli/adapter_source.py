@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from mtrain.bridge.fingerprint import fingerprint
 from mtrain.bridge.plan import hf_tensors
 from mtrain.bridge.rules import WeightTable
 from mtrain.cli.model_source import ModelSource, dtype_name
 from mtrain.config import ExportConfig, SftConfig, TunerConfig
+from mtrain.lora.base_model import check_base_model
 from mtrain.lora.peft_config import adapter_config, per_expert_problem
 from mtrain.lora.peft_format import StoredAdapter, read_adapter
 from mtrain.lora.plan import LoraPlan, adapter_table, check_mergeable
@@ -25,10 +27,12 @@ class AdapterSource:
     Attributes:
         lora: What it consists of.
         stored: The files that its values come from; None for values made at the start.
+        fingerprint: Of the model that it belongs to.
     """
 
     lora: LoraPlan
     stored: StoredAdapter | None
+    fingerprint: str
 
     def num_weights(self, table: WeightTable) -> int:
         """Weights of the whole adapter, the modules that are saved with it included.
@@ -60,12 +64,15 @@ def open_adapter(config: SftConfig | ExportConfig, source: ModelSource) -> Adapt
         if tuner.tuner_type == "full":
             return None
         _check_precision(config, source)
+    own = fingerprint(source.checkpoint)
     if tuner.adapters:
         (folder,) = tuner.adapters
         stored = read_adapter(Path(folder).expanduser(), source.table)
-        adapter = AdapterSource(lora=stored.lora, stored=stored)
+        check_base_model(stored.folder, own, named=stored.base)
+        adapter = AdapterSource(lora=stored.lora, stored=stored, fingerprint=own)
     else:
-        adapter = AdapterSource(lora=choose_targets(source.table, tuner), stored=None)
+        lora = choose_targets(source.table, tuner)
+        adapter = AdapterSource(lora=lora, stored=None, fingerprint=own)
     if tuner.merge_lora:
         check_mergeable(source.table, adapter.lora)
     else:

@@ -121,6 +121,7 @@ def _rewrite(
             backend=backend,
             dtype=training_dtype(config.model, source.hf_config, wanted=wanted),
             base=base_name(config.model),
+            fingerprint=adapter.fingerprint,
             layout=config.tuner.lora_export_layout,
             dropout=stored.dropout,
         ),

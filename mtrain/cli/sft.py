@@ -229,6 +229,7 @@ def _save(
                 backend=backend,
                 dtype=_adapter_dtype(config, source),
                 base=base_name(config.model),
+                fingerprint=adapter.fingerprint,
                 layout=config.tuner.lora_export_layout,
                 dropout=config.tuner.lora_dropout,
             ),

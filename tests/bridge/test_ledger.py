@@ -18,6 +18,7 @@ def stored(shape, dtype="BF16"):
         dtype=dtype,
         shape=shape,
         num_bytes=tensor_bytes(dtype, shape),
+        start=0,
     )
 
 

@@ -54,6 +54,7 @@ def form_of(source: Path, *, layout="per_expert", dtype=torch.float32) -> Adapte
         backend="torch",
         dtype=dtype,
         base="org/name",
+        fingerprint="00",
         layout=layout,
         dropout=0.05,
     )
@@ -94,6 +95,7 @@ def test_a_saved_adapter_is_one_file_with_what_belongs_to_it(saved, source):
     assert set(bytes_of(saved)) == {
         "adapter_model.safetensors",
         "adapter_config.json",
+        "base_model.json",
         "args.json",
         "tokenizer.json",
         "chat_template.jinja",

@@ -1,5 +1,7 @@
 """The adapter of a run: planned from flags or read from a folder, before anything starts."""
 
+import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 from mtrain.cli.adapter_source import open_adapter
 from mtrain.cli.model_source import ModelSource, open_source
 from mtrain.config import ModelConfig, ParallelConfig, SftConfig, TunerConfig
+from mtrain.lora.base_model import BASE_FILE, base_model
 from tests.lora.peft_folders import hf_model, save_with_peft
 from tests.tiny import make_checkpoint
 
@@ -88,3 +91,16 @@ def test_precisions_that_the_optimizer_cannot_work_with_are_refused(
         return
     with pytest.raises(ValueError, match=message):
         opened(source, **settings, **tuner)
+
+
+def test_an_adapter_of_another_model_of_the_same_shape_is_refused(source, stored, tmp_path) -> None:
+    """T26: names of models say little, so mtrain's own adapters know what they belong to."""
+    folder = shutil.copytree(stored, tmp_path / "adapter")
+    own = opened(source, tuner_type="lora").fingerprint
+    (folder / BASE_FILE).write_text(json.dumps(base_model(own)))
+    opened(source, tuner_type="lora", adapters=(str(folder),))
+    other = make_checkpoint(tmp_path / "other", "qwen2", dtype="bfloat16", seed=1)
+    model = ModelConfig(model=str(other))
+    source = open_source(model, ParallelConfig(), world_size=1, download=False)
+    with pytest.raises(ValueError, match="trained on another model than --model"):
+        opened(source, tuner_type="lora", adapters=(str(folder),))

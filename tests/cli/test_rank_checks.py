@@ -124,7 +124,9 @@ def compare_adapters(state, folder: Path, alphas: list[int]) -> str:
     model = ModelConfig(model=str(folder))
     source = open_source(model, ParallelConfig(), world_size=1, download=False)
     try:
-        check_same_inputs(config, source, state, adapter=AdapterSource(lora=lora, stored=stored))
+        check_same_inputs(
+            config, source, state, adapter=AdapterSource(lora=lora, stored=stored, fingerprint="")
+        )
     except ValueError as error:
         return str(error)
     return "same"

@@ -29,7 +29,7 @@ SETTINGS = AdapterSettings(
 def stored(shapes):
     path = Path("nothing is read from here")
     return {
-        name: StoredTensor(path=path, dtype="F32", shape=shape, num_bytes=0)
+        name: StoredTensor(path=path, dtype="F32", shape=shape, num_bytes=0, start=0)
         for name, shape in shapes.items()
     }
 
