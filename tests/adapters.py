@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from mtrain.bridge.plan import hf_tensors, weight_table
 from mtrain.bridge.save import save_weights
 from mtrain.config.tuner import TunerConfig
-from mtrain.lora.attach import attach_adapters
+from mtrain.lora.layers.attach import attach_adapters
 from mtrain.lora.plan import adapter_table
 from mtrain.lora.targets import choose_targets
 from mtrain.lora.weights import initialize_adapters, load_adapters

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "model": {"config", "platform", "parallel", "bridge"},
     "data": {"config"},
     "training": {"config", "platform", "parallel", "model"},
-    "lora": {"config", "parallel", "bridge"},
+    "lora": {"config", "platform", "parallel", "bridge"},
     "checkpoint": {"config", "parallel", "bridge", "lora"},
     "cli": {
         "config",

@@ -17,6 +17,8 @@ from mtrain.cli.launch import Placement
 from mtrain.cli.model_source import ModelSource, dtype_name, parallel_layout
 from mtrain.cli.rank_checks import check_attention, check_collectives
 from mtrain.config import ExportConfig, ModelConfig, SftConfig, TrainingConfig
+from mtrain.lora.layers.attach import attach_adapters
+from mtrain.lora.weights import initialize_adapters, load_adapters
 from mtrain.model.backends import choose_backend
 from mtrain.model.build import build_model, transformer_config
 from mtrain.model.gpt import LanguageModel
@@ -139,10 +141,6 @@ def load_adapter(
         dropout: Share of its inputs that is dropped in training.
         seed: Seed of fresh values.
     """
-    # Here, not above: `mtrain.model` makes Megatron-Core importable everywhere, so it comes first.
-    from mtrain.lora.attach import attach_adapters
-    from mtrain.lora.weights import initialize_adapters, load_adapters
-
     lora, table = adapter.lora, source.table
     attach_adapters(
         chunks, lora, table=table, state=state, backend=backend, dtype=dtype, dropout=dropout

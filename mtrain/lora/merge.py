@@ -10,7 +10,7 @@ import torch
 from mtrain.bridge.gather import TensorLookup
 from mtrain.bridge.save import lookup_in
 from mtrain.bridge.slices import tensors_by_name
-from mtrain.lora.factors import LoraFactors
+from mtrain.lora.layers.factors import LoraFactors
 from mtrain.lora.plan import ADAPTER_CHILD
 
 # Blocks of one weight are asked for one after the other, those of a few files in turn.

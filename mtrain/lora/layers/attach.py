@@ -15,8 +15,8 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
 from mtrain.bridge.plan import Backend, Plan, plan_rank
 from mtrain.bridge.rules import WeightTable
-from mtrain.lora.factors import LoraFactors
-from mtrain.lora.linear import (
+from mtrain.lora.layers.factors import LoraFactors
+from mtrain.lora.layers.linear import (
     adapt_column_linear,
     adapt_embedding,
     adapt_grouped_linear,

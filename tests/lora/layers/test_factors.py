@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mtrain.bridge.rules import HFTensor, Interleaved, Rule
-from mtrain.lora.factors import LoraFactors, add_up
+from mtrain.lora.layers.factors import LoraFactors, add_up
 from mtrain.lora.plan import AdaptedLinear, Adapter
 
 QKV = Rule(

@@ -3,7 +3,7 @@
 The one thing to know: only activations of the adapter's rank are communicated. A column-parallel
 linear holds all of A and its own rows of B; a row-parallel one its own columns of A and all of B.
 Factors that every rank holds are marked for Megatron-Core's gradient reduction where the ranks saw
-different parts of the sequence (`mtrain.lora.attach`).
+different parts of the sequence (`mtrain.lora.layers.attach`).
 
 A live module takes the subclass as its class, for which Python wants a subclass with one base:
 hence functions that make one, and not mixins.
@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch.nn.functional import grouped_mm
 
-from mtrain.lora.factors import LoraFactors, add_up
+from mtrain.lora.layers.factors import LoraFactors, add_up
 
 
 @cache
