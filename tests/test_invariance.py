@@ -85,6 +85,14 @@ def batches_of_rank(state, lengths_of_step, step):
     return batches
 
 
+def loss_of(result, state):
+    """Loss a labelled token of a step over all ranks."""
+    # Every tensor-parallel rank of the last stage has the same sums.
+    sums = result.sums / state.layout.tp_size
+    torch.distributed.all_reduce(sums)
+    return (sums[0] / sums[2]).item()
+
+
 def train_three_steps(state, folder: Path, lengths, output: Path, parallel: ParallelConfig):
     moe = MoEConfig(moe_aux_loss_coeff=(0.01,), moe_z_loss_coeff=0.001)
     bare = load_model(state, folder, moe=moe)
@@ -95,10 +103,7 @@ def train_three_steps(state, folder: Path, lengths, output: Path, parallel: Para
     for step in range(STEPS):
         batches = batches_of_rank(state, lengths, step)
         result = train_step(chunks, optimizer, scheduler, batches, state=state, step=step)
-        # Every tensor-parallel rank of the last stage has the same sums.
-        sums = result.sums / state.layout.tp_size
-        torch.distributed.all_reduce(sums)
-        losses.append((sums[0] / sums[2]).item())
+        losses.append(loss_of(result, state))
         grad_norms.append(result.grad_norm)
     gather_parameters(chunks)
     save_weights(

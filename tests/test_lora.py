@@ -33,7 +33,7 @@ from tests.adapters import (
 )
 from tests.megatron import read_config
 from tests.ranks import run_ranks
-from tests.test_invariance import PACKED, batches_of_rank, layout
+from tests.test_invariance import PACKED, batches_of_rank, layout, loss_of
 from tests.tiny import make_checkpoint
 
 STEPS = 5
@@ -62,9 +62,7 @@ def train(state, folder, lora, values, output, training=None, parallel=WHOLE_GRA
     for step in range(STEPS):
         batches = batches_of_rank(state, PACKED, step)
         result = train_step(chunks, optimizer, scheduler, batches, state=state, step=step)
-        sums = result.sums / state.layout.tp_size
-        torch.distributed.all_reduce(sums)
-        losses.append((sums[0] / sums[2]).item())
+        losses.append(loss_of(result, state))
         norms.append(result.grad_norm)
         if step == 0 and parallel is WHOLE_GRADIENTS:
             main = [

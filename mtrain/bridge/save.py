@@ -23,7 +23,8 @@ from mtrain.bridge.safetensors_writer import SafetensorsWriter
 from mtrain.parallel import ParallelState
 
 BUCKET_BYTES = 128 * 2**20
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# Dtypes that are saved, in the words of the format.
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def lookup_in(tensors: Sequence[Mapping[str, torch.Tensor]]) -> TensorLookup:
@@ -77,7 +78,7 @@ def save_weights(
     files = plan_files(
         table,
         layout=state.layout,
-        dtype=_DTYPE_NAMES[dtype],
+        dtype=DTYPE_NAMES[dtype],
         max_shard_size=max_shard_size,
         stem=stem,
     )
@@ -157,7 +158,7 @@ def _write_files(
         try:
             for file in files:
                 if file.writer == rank:
-                    entries = [(name, _DTYPE_NAMES[dtype], shape) for name, shape in file.tensors]
+                    entries = [(name, DTYPE_NAMES[dtype], shape) for name, shape in file.tensors]
                     writer = SafetensorsWriter(folder / file.name, entries)
                     writers[file.name] = stack.enter_context(writer)
         except OSError as caught:

@@ -21,10 +21,9 @@ from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_folder import Checkpoint
 from mtrain.bridge.safetensors_header import read_header
 from mtrain.bridge.safetensors_writer import SafetensorsWriter
+from mtrain.bridge.save import DTYPE_NAMES
 from mtrain.lora.fused_experts import ExpertLayout, FusedFactors, fused_factors
 from mtrain.lora.plan import LoraPlan, adapter_table
-
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class AdapterReader:
