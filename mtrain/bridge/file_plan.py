@@ -13,13 +13,11 @@ from typing import Literal
 
 from mtrain.bridge.plan import Shape, TensorHome, locate_tensors
 from mtrain.bridge.rules import WeightTable
+from mtrain.bridge.safetensors_folder import WEIGHTS_STEM
 from mtrain.bridge.safetensors_header import tensor_bytes
 from mtrain.parallel import ParallelLayout
 
 Group = Literal["tp", "etp"]
-
-# `model.safetensors`, or `model-00001-of-00002.safetensors` and so on.
-WEIGHTS_STEM = "model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any, Literal
 
 from mtrain.bridge.families import find_family
-from mtrain.bridge.rules import Rule, WeightTable, divided
+from mtrain.bridge.rules import Rule, WeightTable, divided, filled
 from mtrain.bridge.spans import Box, Piece, box_size, whole
 from mtrain.bridge.stages import chunk_layers
 from mtrain.parallel import Coordinates, ParallelLayout
@@ -156,18 +156,18 @@ class _Shard:
     ) -> ParameterPlan:
         """The plan of the parameter in one layer."""
         name = self.rule.plain if backend == "torch" and self.rule.plain else self.rule.megatron
-        names = [_in_layer(tensor.name, layer) for tensor in self.rule.hf]
+        names = [filled(tensor.name, layer=layer) for tensor in self.rule.hf]
         if self.experts is None:
             pieces = [Piece(names[source], hf, local) for source, hf, local in self.copies]
         else:
             pieces = [
-                Piece(names[source].replace("{expert}", str(expert)), hf, local, index)
+                Piece(filled(names[source], expert=expert), hf, local, index)
                 for index, expert in enumerate(self.experts)
                 for source, hf, local in self.copies
             ]
         return ParameterPlan(
             chunk=chunk,
-            name=name.replace("{layer}", str(local_layer)),
+            name=filled(name, layer=local_layer),
             shape=self.shape,
             pieces=tuple(pieces),
             split_over=self.split_over,
@@ -236,7 +236,7 @@ def _homes(rule: Rule, *, layer: int | None, pp_rank: int, ep_size: int) -> Iter
     if rule.num_experts is None:
         for tensor in rule.hf:
             yield TensorHome(
-                name=_in_layer(tensor.name, layer),
+                name=filled(tensor.name, layer=layer),
                 shape=tensor.shape,
                 pp_rank=pp_rank,
                 ep_rank=None,
@@ -246,12 +246,8 @@ def _homes(rule: Rule, *, layer: int | None, pp_rank: int, ep_size: int) -> Iter
         for expert in _local_experts(rule, ep_size=ep_size, ep_rank=ep_rank) or ():
             for tensor in rule.hf:
                 yield TensorHome(
-                    name=_in_layer(tensor.name, layer).replace("{expert}", str(expert)),
+                    name=filled(tensor.name, layer=layer, expert=expert),
                     shape=tensor.shape,
                     pp_rank=pp_rank,
                     ep_rank=ep_rank,
                 )
-
-
-def _in_layer(name: str, layer: int | None) -> str:
-    return name if layer is None else name.replace("{layer}", str(layer))

@@ -173,6 +173,19 @@ class Selected:
         return size, selected
 
 
+def filled(name: str, *, layer: int | None = None, expert: int | str | None = None) -> str:
+    """A name with its open `{layer}` and `{expert}` filled; None leaves one as it is.
+
+    Args:
+        name: Name of a tensor or module.
+        layer: Number of the layer.
+        expert: Number of the expert, or what stands for all numbers in a pattern.
+    """
+    if layer is not None:
+        name = name.replace("{layer}", str(layer))
+    return name if expert is None else name.replace("{expert}", str(expert))
+
+
 def divided(number: int, parts: int) -> int:
     """Divides exactly.
 
@@ -212,6 +225,11 @@ class Rule:
     layers: tuple[int, ...] = ()
     num_experts: int | None = None
     is_duplicate: bool = False
+
+
+def layers_of(rule: Rule) -> tuple[int | None, ...]:
+    """Layers that have a rule's parameter; (None,) for what is not in a layer."""
+    return rule.layers if rule.place == "layers" else (None,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,10 @@ from mtrain.bridge.safetensors_header import (
     read_header,
 )
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+# `model.safetensors`, or `model-00001-of-00002.safetensors` and so on with an index.
+WEIGHTS_STEM = "model"
+SINGLE_FILE = f"{WEIGHTS_STEM}.safetensors"
+INDEX_FILE = f"{SINGLE_FILE}.index.json"
 
 # One component of a path: nothing that another system could read as a separator.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,200}\.safetensors")

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from mtrain.bridge.file_plan import WEIGHTS_STEM, WeightFile, plan_files
+from mtrain.bridge.file_plan import WeightFile, plan_files
 from mtrain.bridge.gather import BlockGatherer, Bucket, TensorLookup, make_buckets
 from mtrain.bridge.plan import Backend, Plan, plan_rank
 from mtrain.bridge.rules import WeightTable
+from mtrain.bridge.safetensors_folder import WEIGHTS_STEM
 from mtrain.bridge.safetensors_writer import SafetensorsWriter
 from mtrain.parallel import ParallelState
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from mtrain.bridge.rules import Rule, WeightTable
+from mtrain.bridge.rules import Rule, WeightTable, filled
 from mtrain.lora.plan import PEFT_PREFIX, AdaptedLinear, LoraPlan, factor_names
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class FusedParameter:
 
     def lookup_name(self, layer: int) -> str:
         """The name under which PEFT looks it up in its patterns."""
-        return f"{self.container}.{self.name}".replace("{layer}", str(layer))
+        return filled(f"{self.container}.{self.name}", layer=layer)
 
 
 def fused_parameters(table: WeightTable) -> tuple[FusedParameter, ...]:
@@ -89,7 +89,7 @@ def fused_names(container: str, layer: int, *, depth: int) -> tuple[str, str]:
         layer: The layer.
         depth: How many later parameters of the module are adapted too.
     """
-    module = PEFT_PREFIX + container.replace("{layer}", str(layer)) + _WRAPPED * depth
+    module = PEFT_PREFIX + filled(container, layer=layer) + _WRAPPED * depth
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
@@ -127,7 +127,7 @@ class FusedFactors:
             for source, tensor in enumerate(self.parameter.rule.hf):
                 if self.spans[source] is not None:
                     a_name, b_name = (
-                        name.replace("{layer}", str(self.layer)).replace("{expert}", str(expert))
+                        filled(name, layer=self.layer, expert=expert)
                         for name in factor_names(tensor)
                     )
                     yield a_name, b_name, expert, source

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mtrain.bridge.rules import HFTensor, WeightTable
+from mtrain.bridge.rules import HFTensor, WeightTable, filled, layers_of
 from mtrain.lora.adapter_settings import scale_ratio
 from mtrain.lora.fused_experts import (
     ExpertLayout,
@@ -30,8 +30,7 @@ from mtrain.lora.fused_experts import (
     fused_parameters,
 )
 from mtrain.lora.name_patterns import ANY_NUMBER
-from mtrain.lora.plan import AdaptedLinear, Adapter, LoraPlan, module_name
-from mtrain.lora.stored_factors import layers_of
+from mtrain.lora.plan import AdaptedLinear, Adapter, LoraPlan, endings, module_name, module_of
 
 # `mlp.gate.weight` or `mlp.experts.down_proj`: the last two names alone say too little to people.
 _PARAMETER_PARTS = 3
@@ -160,7 +159,7 @@ def _targets(lora: LoraPlan, table: WeightTable, layout: ExpertLayout) -> Iterat
     for linear in lora.linears:
         is_fused = linear.kind == "experts" and layout == "fused"
         for layer, tensor, adapter in _adapted(linear) if not is_fused else ():
-            module = _filled(module_name(tensor), layer)
+            module = filled(module_name(tensor), layer=layer, expert=ANY_NUMBER)
             # transformers 5 has no linear for the router.
             is_parameter = linear.kind == "router" or (
                 linear.kind != "experts" and module.rpartition(".")[2] in like_experts
@@ -265,13 +264,17 @@ def _modules_to_save(lora: LoraPlan, table: WeightTable) -> list[str]:
                 f"{rule.hf[0].name} cannot be among the modules to save: the model uses it as "
                 "output layer too, and PEFT would train the two apart"
             )
-        chosen += [_filled(_module_of(t), layer) for layer in layers_of(rule) for t in rule.hf]
+        chosen += [
+            filled(module_of(t.name), layer=layer, expert=ANY_NUMBER)
+            for layer in layers_of(rule)
+            for t in rule.hf
+        ]
     others = set(_all_modules(table)) - set(chosen)
     names = []
     for module in chosen:
-        parts = module.split(".")
-        ends = (".".join(parts[start:]) for start in reversed(range(len(parts))))
-        names.append(next(e for e in ends if not any(other.endswith(e) for other in others)))
+        names.append(
+            next(e for e in endings(module) if not any(other.endswith(e) for other in others))
+        )
     return list(dict.fromkeys(names))
 
 
@@ -302,23 +305,16 @@ def _shortest(
         others: Names that must not be selected.
         num_parts: Least number of parts of an end.
     """
-    taken = {end for name in others for end in _ends(name)}
+    taken = {end for name in others for end in endings(name)}
     found: dict[str, str] = {}
     for name in chosen:
         ends = [
             end
-            for end in _ends(name)
+            for end in endings(name)
             if end.count(".") + 1 >= num_parts and not end.startswith((ANY_NUMBER, *"0123456789"))
         ]
         found.setdefault(next((end for end in ends if end not in taken), name), name)
     return found
-
-
-def _ends(name: str) -> Iterator[str]:
-    """Ends of a name at its dots, the shortest first."""
-    parts = name.split(".")
-    for start in reversed(range(len(parts))):
-        yield ".".join(parts[start:])
 
 
 def _all_modules(table: WeightTable) -> Iterator[str]:
@@ -328,15 +324,7 @@ def _all_modules(table: WeightTable) -> Iterator[str]:
         if not rule.is_duplicate:
             for layer in layers_of(rule):
                 for tensor in rule.hf:
-                    yield _filled(_module_of(tensor), layer)
-
-
-def _module_of(tensor: HFTensor) -> str:
-    return tensor.name.rpartition(".")[0]
-
-
-def _filled(name: str, layer: int | None) -> str:
-    return name.replace("{layer}", str(layer)).replace("{expert}", ANY_NUMBER)
+                    yield filled(module_of(tensor.name), layer=layer, expert=ANY_NUMBER)
 
 
 def _most_common(values: Iterable[Any]) -> Any:

@@ -13,17 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtrain.bridge.rules import Rule, WeightTable
+from mtrain.bridge.rules import Rule, WeightTable, filled, layers_of
 from mtrain.bridge.safetensors_header import StoredTensor, read_header
 from mtrain.lora.adapter_settings import AdapterSettings, read_settings, scale_ratio
 from mtrain.lora.fused_experts import FusedFactors
-from mtrain.lora.plan import PEFT_PREFIX, AdaptedLinear, Adapter, LoraPlan, module_name
+from mtrain.lora.plan import PEFT_PREFIX, AdaptedLinear, Adapter, LoraPlan, module_name, module_of
 from mtrain.lora.stored_factors import (
     StoredProjection,
     find_fused,
     find_projections,
     fused_projections,
-    layers_of,
 )
 
 if TYPE_CHECKING:
@@ -188,7 +187,7 @@ def _modules_to_save(
 def _saved_shapes(rule: Rule, layer: int | None) -> Iterator[tuple[str, tuple[int, ...]]]:
     for expert in range(rule.num_experts) if rule.num_experts else (None,):
         for tensor in rule.hf:
-            name = tensor.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+            name = filled(tensor.name, layer=layer, expert=expert)
             yield PEFT_PREFIX + name, tensor.shape
 
 
@@ -217,6 +216,11 @@ def _check_saved(
         raise ValueError(f"holds {there[0]} without {missing[0]}; they are trained together")
 
 
+def _module_of(stored: str) -> str:
+    """The module that a stored tensor belongs to, by its name in the model."""
+    return module_of(stored.removeprefix(PEFT_PREFIX))
+
+
 def _check_saved_modules(
     saved: Sequence[Rule], table: WeightTable, settings: AdapterSettings
 ) -> None:
@@ -230,10 +234,6 @@ def _check_saved_modules(
         for name in _saved_names(rule) if modules else ():
             if _module_of(name) in modules and name not in names:
                 raise ValueError(f"holds module {_module_of(name)} without {name}")
-
-
-def _module_of(name: str) -> str:
-    return name.removeprefix(PEFT_PREFIX).rpartition(".")[0]
 
 
 def _check_nothing_left(left: set[str], table: WeightTable) -> None:

@@ -16,6 +16,7 @@ largest; a zero column of B meets a zero row of A, so they stay zero in training
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -102,9 +103,20 @@ class LoraPlan:
     modules_to_save: tuple[Rule, ...] = ()
 
 
+def module_of(parameter: str) -> str:
+    """Name of the module that a parameter belongs to."""
+    return parameter.rpartition(".")[0]
+
+
 def module_name(tensor: HFTensor) -> str:
     """The Hugging Face module that a weight belongs to, with `{layer}` and `{expert}` open."""
     return tensor.name.removesuffix(".weight")
+
+
+def endings(name: str) -> Iterator[str]:
+    """Ends of a name at its dots, the shortest first, as people and PEFT name modules."""
+    parts = name.split(".")
+    return (".".join(parts[start:]) for start in reversed(range(len(parts))))
 
 
 def factor_names(tensor: HFTensor, *, is_embedding: bool = False) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
-from mtrain.bridge.rules import HFTensor, Rule, WeightTable
+from mtrain.bridge.rules import HFTensor, Rule, WeightTable, filled, layers_of
 from mtrain.bridge.safetensors_header import StoredTensor
 from mtrain.lora.adapter_settings import MAX_RANK, AdapterSettings
 from mtrain.lora.fused_experts import (
@@ -48,11 +48,6 @@ class StoredProjection:
     stored_rank: int
     lookup_names: tuple[str, ...]
     tensors: tuple[str, ...]
-
-
-def layers_of(rule: Rule) -> tuple[int | None, ...]:
-    """Layers that have a rule's parameter; (None,) for what is not in a layer."""
-    return rule.layers if rule.place == "layers" else (None,)
 
 
 def find_projections(
@@ -125,8 +120,7 @@ def fused_projections(factors: FusedFactors) -> Iterator[StoredProjection]:
 
 
 def _in_place(tensor: HFTensor, layer: int | None, expert: int | None) -> HFTensor:
-    name = tensor.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
-    return replace(tensor, name=name)
+    return replace(tensor, name=filled(tensor.name, layer=layer, expert=expert))
 
 
 def _stored_rank(tensors: Tensors, weight: HFTensor, *, is_embedding: bool) -> int:

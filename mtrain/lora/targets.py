@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
 
-from mtrain.bridge.rules import Rule, WeightTable
+from mtrain.bridge.rules import Rule, WeightTable, filled, layers_of
 from mtrain.config.tuner import TunerConfig
-from mtrain.lora.plan import AdaptedLinear, Adapter, LoraPlan
+from mtrain.lora.plan import AdaptedLinear, Adapter, LoraPlan, endings, module_of
 
 # Shorthand -> role of the weights that it stands for.
 _SHORTHANDS = {"all-linear": "linear", "all-router": "router", "all-embedding": "embedding"}
@@ -147,18 +147,14 @@ def _time_limit(seconds: float) -> Iterator[None]:
 def _parts(table: WeightTable) -> Iterator[_Part]:
     """All tensors of the model; of a tied one also the head, so that its name can be refused."""
     for rule in table.rules:
-        for layer in rule.layers if rule.place == "layers" else (None,):
+        for layer in layers_of(rule):
             spellings = (rule.megatron, rule.plain)
-            megatron = tuple(_in_layer(name, layer) for name in spellings if name)
+            megatron = tuple(filled(name, layer=layer) for name in spellings if name)
             for tensor in rule.hf:
-                name = _TIED_HEAD if rule.is_duplicate else _in_layer(tensor.name, layer)
-                experts = map(str, range(rule.num_experts or 1))
-                names = tuple(name.replace("{expert}", expert) for expert in experts)
+                name = _TIED_HEAD if rule.is_duplicate else filled(tensor.name, layer=layer)
+                experts = range(rule.num_experts or 1)
+                names = tuple(filled(name, expert=expert) for expert in experts)
                 yield _Part(rule=rule, layer=layer, tensors=names, megatron=megatron)
-
-
-def _in_layer(name: str, layer: int | None) -> str:
-    return name if layer is None else name.replace("{layer}", str(layer))
 
 
 def _can_have_adapter(rule: Rule) -> bool:
@@ -196,7 +192,7 @@ def _targeted(parts: Sequence[_Part], tuner: TunerConfig) -> set[_Part]:
 def _named_targets(candidates: Sequence[_Part], targets: Sequence[str]) -> set[str]:
     by_ending = _by_ending(candidates)
     for part in candidates:
-        for ending in _endings(_module(part.megatron[0])):
+        for ending in endings(module_of(part.megatron[0])):
             by_ending[ending].update(part.tensors)
     for shorthand, role in _SHORTHANDS.items():
         by_ending[shorthand].update(
@@ -210,7 +206,7 @@ def _named_targets(candidates: Sequence[_Part], targets: Sequence[str]) -> set[s
 
 
 def _regex_targets(candidates: Sequence[_Part], pattern: str) -> set[str]:
-    tensors = {_module(tensor): tensor for part in candidates for tensor in part.tensors}
+    tensors = {module_of(tensor): tensor for part in candidates for tensor in part.tensors}
     try:
         matched = match_names(pattern, tensors)
     except ValueError as error:
@@ -218,7 +214,7 @@ def _regex_targets(candidates: Sequence[_Part], pattern: str) -> set[str]:
     if not matched:
         raise ValueError(
             f"--target_regex {pattern!r} matches no whole name of a linear; there are: "
-            + ", ".join(_module(name) for name in _existing_tensors(candidates))
+            + ", ".join(module_of(name) for name in _existing_tensors(candidates))
         )
     return {tensors[module] for module in matched}
 
@@ -358,22 +354,13 @@ def _by_ending(parts: Iterable[_Part]) -> defaultdict[str, set[str]]:
     by_ending: defaultdict[str, set[str]] = defaultdict(set)
     for part in parts:
         for tensor in part.tensors:
-            for ending in _endings(_module(tensor)):
+            for ending in endings(module_of(tensor)):
                 by_ending[ending].add(tensor)
     return by_ending
 
 
-def _endings(name: str) -> Iterator[str]:
-    words = name.split(".")
-    return (".".join(words[start:]) for start in range(len(words)))
-
-
-def _module(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
-
-
 def _leaf(parameter: str) -> str:
-    return _module(parameter).rpartition(".")[2]
+    return module_of(parameter).rpartition(".")[2]
 
 
 def _leaves(parts: Iterable[_Part]) -> list[str]:
@@ -386,7 +373,7 @@ def _existing_targets(candidates: Sequence[_Part], by_ending: Mapping[str, set[s
     own = [part for part in candidates if not part.rule.is_duplicate]
     megatron = dict.fromkeys(_leaf(part.megatron[0]) for part in own)
     shorthands = [shorthand for shorthand in _SHORTHANDS if by_ending[shorthand]]
-    longest = max((_module(part.tensors[0]) for part in own), key=len)
+    longest = max((module_of(part.tensors[0]) for part in own), key=len)
     return (
         f"{' '.join(_leaves(own))} (Hugging Face), {' '.join(megatron)} (Megatron), "
         f"{' '.join(shorthands)}; or longer ends of a name, as {longest}"

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from mtrain.bridge.plan import hf_tensors, weight_table
+from mtrain.bridge.rules import layers_of
 from mtrain.lora.adapter_file import join_adapter_files
 from mtrain.lora.peft_config import adapter_config
 from mtrain.lora.plan import AdaptedLinear, Adapter, LoraPlan, adapter_table, factor_names
-from mtrain.lora.stored_factors import layers_of
 from tests.megatron import read_config
 
 # Of PEFT's warnings these say nothing about what was written: the first is about parameters, whose

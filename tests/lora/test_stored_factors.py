@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from mtrain.bridge.plan import hf_tensors, weight_table
+from mtrain.bridge.rules import layers_of
 from mtrain.bridge.safetensors_header import StoredTensor
 from mtrain.lora.adapter_settings import AdapterSettings
 from mtrain.lora.plan import adapter_table
-from mtrain.lora.stored_factors import find_fused, find_projections, fused_projections, layers_of
+from mtrain.lora.stored_factors import find_fused, find_projections, fused_projections
 from tests.lora.peft_folders import uniform_plan
 from tests.tiny import tiny_config
 
