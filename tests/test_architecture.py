@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "data": {"config"},
     "training": {"config", "platform", "parallel", "model"},
     "lora": {"config", "platform", "parallel", "bridge"},
-    "checkpoint": {"config", "parallel", "bridge", "lora"},
+    "checkpoint": {"config", "platform", "parallel", "bridge", "lora"},
+    "verify": {"config", "platform", "parallel", "bridge", "model", "lora", "checkpoint"},
     "cli": {
         "config",
         "platform",
@@ -34,6 +35,7 @@ MAY_IMPORT = {
         "lora",
         "training",
         "checkpoint",
+        "verify",
     },
     "": set(),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from mtrain.bridge.plan import Shape, TensorHome, locate_tensors
 from mtrain.bridge.rules import WeightTable
@@ -18,6 +18,7 @@ from mtrain.bridge.safetensors_header import tensor_bytes
 from mtrain.parallel import ParallelLayout
 
 Group = Literal["tp", "etp"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,21 +121,45 @@ def _cut(
     homes: Iterable[TensorHome], *, dtype: str, max_shard_size: int
 ) -> Iterator[tuple[tuple[tuple[str, Shape], ...], int]]:
     """Cuts a list of tensors into files, in order."""
-    tensors: list[tuple[str, Shape]] = []
+    sized = (((home.name, home.shape), tensor_bytes(dtype, home.shape)) for home in homes)
+    yield from cut_by_size(sized, max_size=max_shard_size)
+
+
+def cut_by_size(
+    sized: Iterable[tuple[T, int]], *, max_size: int
+) -> Iterator[tuple[tuple[T, ...], int]]:
+    """Cuts a list into parts, in order, each with its size.
+
+    Args:
+        sized: The items and their sizes.
+        max_size: Largest part, unless a single item is larger.
+    """
+    part: list[T] = []
     total = 0
-    for home in homes:
-        num_bytes = tensor_bytes(dtype, home.shape)
-        if tensors and total + num_bytes > max_shard_size:
-            yield tuple(tensors), total
-            tensors, total = [], 0
-        tensors.append((home.name, home.shape))
-        total += num_bytes
-    yield tuple(tensors), total
+    for item, size in sized:
+        if part and total + size > max_size:
+            yield tuple(part), total
+            part, total = [], 0
+        part.append(item)
+        total += size
+    yield tuple(part), total
+
+
+def file_name(number: int, num_files: int, *, stem: str) -> str:
+    """Name of one of the files of a checkpoint.
+
+    Args:
+        number: Which one, from 1.
+        num_files: How many there are.
+        stem: How their names begin.
+    """
+    return (
+        f"{stem}.safetensors"
+        if num_files == 1
+        else (f"{stem}-{number:05}-of-{num_files:05}.safetensors")
+    )
 
 
 def _named(files: list[WeightFile], *, stem: str) -> Iterator[WeightFile]:
     for number, file in enumerate(files, start=1):
-        name = f"{stem}.safetensors"
-        if len(files) > 1:
-            name = f"{stem}-{number:05}-of-{len(files):05}.safetensors"
-        yield replace(file, name=name)
+        yield replace(file, name=file_name(number, len(files), stem=stem))

@@ -9,30 +9,42 @@ from __future__ import annotations
 
 import hashlib
 
-from mtrain.bridge.safetensors_folder import Checkpoint
+import torch
+
+from mtrain.bridge.safetensors_header import tensor_bytes
+from mtrain.bridge.sources import StoredShape, StoredWeights, TensorSource
 
 # Bounds the reads on network file systems.
 _NUM_TENSORS = 256
 _NUM_BYTES = 64
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
+def fingerprint(weights: StoredWeights) -> str:
     """SHA-256 of all names, dtypes and shapes, and of bytes from the middle of some tensors.
 
     Args:
-        checkpoint: From `open_checkpoint`.
+        weights: A checkpoint in any format; the same tensors give the same fingerprint.
 
     Returns:
         64 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    tensors = sorted(checkpoint.tensors.items())
+    tensors = sorted(weights.tensors.items())
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
     step = -(-len(tensors) // _NUM_TENSORS)
-    for _, tensor in tensors[::step]:
-        middle = max(0, tensor.num_bytes - _NUM_BYTES) // 2
-        with tensor.path.open("rb") as file:
-            file.seek(tensor.start + middle)
-            digest.update(file.read(min(_NUM_BYTES, tensor.num_bytes)))
+    with weights.open() as source:
+        for name, tensor in tensors[::step]:
+            digest.update(_middle(source, name, tensor))
     return digest.hexdigest()
+
+
+def _middle(source: TensorSource, name: str, tensor: StoredShape) -> bytes:
+    """The bytes in the middle of a tensor, out of the rows that hold them."""
+    num_bytes = tensor_bytes(tensor.dtype, tensor.shape)
+    start = max(0, num_bytes - _NUM_BYTES) // 2
+    stop = start + min(_NUM_BYTES, num_bytes)
+    row_bytes = tensor_bytes(tensor.dtype, tensor.shape[1:])
+    first, last = start // row_bytes, -(-stop // row_bytes)
+    rows = source.slices(name)[first:last].contiguous().flatten().view(torch.uint8)
+    return bytes(rows[start - first * row_bytes : stop - first * row_bytes].numpy())

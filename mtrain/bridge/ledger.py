@@ -7,17 +7,17 @@ rank comes to the same verdict without talking to the others.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mtrain.bridge.plan import Plan, Shape, hf_tensors
 from mtrain.bridge.rules import IgnoredKey, WeightTable
-from mtrain.bridge.safetensors_folder import Checkpoint
+from mtrain.bridge.sources import StoredWeights
 
 _READABLE_DTYPES = ("F64", "F32", "F16", "BF16")
 _MAX_LISTED = 10
 
 
-def check_checkpoint(table: WeightTable, checkpoint: Checkpoint) -> dict[str, IgnoredKey]:
+def check_checkpoint(table: WeightTable, checkpoint: StoredWeights) -> dict[str, IgnoredKey]:
     """Compares a checkpoint with the tensors that the model needs.
 
     Args:
@@ -41,10 +41,10 @@ def check_checkpoint(table: WeightTable, checkpoint: Checkpoint) -> dict[str, Ig
                 ignored[name] = entry
             else:
                 surplus.append(name)
-    faults = _listed("missing", [name for name in expected if name not in checkpoint.tensors])
-    faults += _listed("not part of the model", surplus)
-    faults += _listed("wrong shape", _wrong_shapes(expected, checkpoint))
-    faults += _listed("dtype not supported", _wrong_dtypes(expected, checkpoint))
+    faults = listed("missing", [name for name in expected if name not in checkpoint.tensors])
+    faults += listed("not part of the model", surplus)
+    faults += listed("wrong shape", _wrong_shapes(expected, checkpoint))
+    faults += listed("dtype not supported", _wrong_dtypes(expected, checkpoint))
     if faults:
         raise ValueError(f"{checkpoint.folder}: does not fit its config.json: {'; '.join(faults)}")
     return ignored
@@ -66,9 +66,9 @@ def check_model(plan: Plan, shapes: list[Mapping[str, Shape]]) -> None:
     actual = {
         (chunk, name): shape for chunk, named in enumerate(shapes) for name, shape in named.items()
     }
-    faults = _listed("no rule fills", [_text(key) for key in actual if key not in planned])
-    faults += _listed("not in the model", [_text(key) for key in planned if key not in actual])
-    faults += _listed(
+    faults = listed("no rule fills", [_text(key) for key in actual if key not in planned])
+    faults += listed("not in the model", [_text(key) for key in planned if key not in actual])
+    faults += listed(
         "wrong shape",
         [
             f"{_text(key)} has {actual[key]}, planned is {shape}"
@@ -84,7 +84,7 @@ def _find_ignored(name: str, table: WeightTable) -> IgnoredKey | None:
     return next((entry for entry in table.ignored if re.fullmatch(entry.pattern, name)), None)
 
 
-def _wrong_shapes(expected: Mapping[str, Shape], checkpoint: Checkpoint) -> list[str]:
+def _wrong_shapes(expected: Mapping[str, Shape], checkpoint: StoredWeights) -> list[str]:
     return [
         f"{name} has {checkpoint.tensors[name].shape}, expected is {shape}"
         for name, shape in expected.items()
@@ -92,7 +92,7 @@ def _wrong_shapes(expected: Mapping[str, Shape], checkpoint: Checkpoint) -> list
     ]
 
 
-def _wrong_dtypes(expected: Mapping[str, Shape], checkpoint: Checkpoint) -> list[str]:
+def _wrong_dtypes(expected: Mapping[str, Shape], checkpoint: StoredWeights) -> list[str]:
     return [
         f"{name} ({checkpoint.tensors[name].dtype})"
         for name in expected
@@ -105,7 +105,8 @@ def _text(key: tuple[int, str]) -> str:
     return f"{name} (chunk {chunk})" if chunk else name
 
 
-def _listed(title: str, names: list[str]) -> list[str]:
+def listed(title: str, names: Sequence[str]) -> list[str]:
+    """A fault and the first ten names that have it, as one text; nothing where there are none."""
     if not names:
         return []
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""

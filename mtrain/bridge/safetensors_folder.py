@@ -17,6 +17,7 @@ from mtrain.bridge.safetensors_header import (
     parse_json,
     read_header,
 )
+from mtrain.bridge.safetensors_reader import SafetensorsReader
 
 # `model.safetensors`, or `model-00001-of-00002.safetensors` and so on with an index.
 WEIGHTS_STEM = "model"
@@ -40,6 +41,10 @@ class Checkpoint:
     folder: Path
     tensors: dict[str, StoredTensor]
     notes: tuple[str, ...] = ()
+
+    def open(self) -> SafetensorsReader:
+        """Opens its files for reading; nothing is read yet."""
+        return SafetensorsReader(self.tensors)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

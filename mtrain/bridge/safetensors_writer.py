@@ -1,4 +1,7 @@
-"""Writes a safetensors file as a stream: the header first, then the tensors as they come."""
+"""Writes a safetensors file as a stream: the header first, then the tensors as they come.
+
+The one thing to know: it hashes what it writes, so nobody has to read the file again to prove it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 import torch
 
 from mtrain.bridge.safetensors_header import make_header, tensor_bytes
+from mtrain.bridge.written import FileHasher, WrittenFile
 
 
 class SafetensorsWriter:
@@ -27,8 +31,11 @@ class SafetensorsWriter:
         entries = list(tensors)
         self._path = path
         self._missing = sum(tensor_bytes(dtype, shape) for _, dtype, shape in entries)
+        self._hasher = FileHasher(path.name, entries)
         self._file = path.open("xb", buffering=0)
-        self._write(make_header(entries))
+        header = make_header(entries)
+        self._hasher.add_header(header)
+        self._write(memoryview(header))
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -47,10 +54,18 @@ class SafetensorsWriter:
         """
         self._missing -= part.numel()
         assert self._missing >= 0, f"{self._path}: more bytes than the header announces"
-        self._write(memoryview(part.numpy()))
+        data = memoryview(part.numpy())
+        self._hasher.add(data)
+        self._write(data)
 
-    def _write(self, data: bytes | memoryview) -> None:
-        rest = memoryview(data)
-        while rest:
+    @property
+    def written(self) -> WrittenFile:
+        """The record of the file, once the `with` block ended well."""
+        assert self._file.closed, f"{self._path}: not complete yet"
+        assert not self._missing, f"{self._path}: {self._missing} bytes were not written"
+        return self._hasher.result()
+
+    def _write(self, data: memoryview) -> None:
+        while data:
             # An unbuffered file may take less than it was given.
-            rest = rest[self._file.write(rest) :]
+            data = data[self._file.write(data) :]

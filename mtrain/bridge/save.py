@@ -6,8 +6,6 @@ only. Pipeline stages and expert-parallel ranks write their own; data-parallel c
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import zip_longest
@@ -21,6 +19,7 @@ from mtrain.bridge.plan import Backend, Plan, plan_rank
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_folder import WEIGHTS_STEM
 from mtrain.bridge.safetensors_writer import SafetensorsWriter
+from mtrain.bridge.written import WrittenFile, write_json
 from mtrain.parallel import ParallelState
 
 BUCKET_BYTES = 128 * 2**20
@@ -52,7 +51,7 @@ def save_weights(
     max_shard_size: int,
     bucket_bytes: int = BUCKET_BYTES,
     stem: str = WEIGHTS_STEM,
-) -> tuple[str, ...]:
+) -> tuple[WrittenFile, ...]:
     """Writes the weights of the model chunks of all ranks.
 
     All ranks call it. When it returns, the files of this rank are on disk, those of other ranks
@@ -71,7 +70,7 @@ def save_weights(
         stem: How the names of the files begin.
 
     Returns:
-        Names of all files of the checkpoint, the index among them; the same on every rank.
+        The files of this rank; the first rank's has the index among them.
 
     Raises:
         OSError: This rank could not write a file. The others do not hear of it from here.
@@ -83,7 +82,7 @@ def save_weights(
         max_shard_size=max_shard_size,
         stem=stem,
     )
-    _write_groups(
+    written = _write_groups(
         files,
         folder,
         lookup,
@@ -92,13 +91,9 @@ def save_weights(
         dtype=dtype,
         max_bytes=bucket_bytes,
     )
-    names = tuple(file.name for file in files)
-    if len(files) == 1:
-        return names
-    index = folder / f"{stem}.safetensors.index.json"
-    if state.is_first_rank:
-        _write_index(index, files)
-    return (*names, index.name)
+    if len(files) > 1 and state.is_first_rank:
+        written.append(_write_index(folder, f"{stem}.safetensors.index.json", files))
+    return tuple(written)
 
 
 def _write_groups(
@@ -110,8 +105,9 @@ def _write_groups(
     state: ParallelState,
     dtype: torch.dtype,
     max_bytes: int,
-) -> None:
+) -> list[WrittenFile]:
     """Writes the files of this rank, kind of group by kind of group."""
+    written: list[WrittenFile] = []
     error: OSError | None = None
     # Every rank is in one group of each kind. Going through all files of one kind first keeps the
     # order of collectives the same for everybody.
@@ -129,11 +125,14 @@ def _write_groups(
             device=state.device,
         )
         try:
-            _write_files(mine, folder, gatherer, state.rank, dtype=dtype, max_bytes=max_bytes)
+            written += _write_files(
+                mine, folder, gatherer, state.rank, dtype=dtype, max_bytes=max_bytes
+            )
         except OSError as problem:
             error = error or problem
     if error is not None:
         raise error
+    return written
 
 
 @torch.no_grad()
@@ -145,7 +144,7 @@ def _write_files(
     *,
     dtype: torch.dtype,
     max_bytes: int,
-) -> None:
+) -> list[WrittenFile]:
     """Writes the files of one kind of group.
 
     A rank that cannot write raises at the end: until then it takes part in gathering, so that the
@@ -154,8 +153,8 @@ def _write_files(
     staging = _HostBuffer()
     max_elements = max(1, max_bytes // dtype.itemsize)
     error: OSError | None = None
+    writers: dict[str, SafetensorsWriter] = {}
     with ExitStack() as stack:
-        writers: dict[str, SafetensorsWriter] = {}
         try:
             for file in files:
                 if file.writer == rank:
@@ -173,6 +172,7 @@ def _write_files(
                     error = caught
         if error is not None:
             raise error
+    return [writer.written for writer in writers.values()]
 
 
 def _in_turns(files: list[WeightFile], *, max_elements: int) -> Iterator[tuple[WeightFile, Bucket]]:
@@ -209,14 +209,10 @@ class _HostBuffer:
         return self._buffer[: data.numel()].copy_(data)
 
 
-def _write_index(path: Path, files: Sequence[WeightFile]) -> None:
+def _write_index(folder: Path, name: str, files: Sequence[WeightFile]) -> WrittenFile:
     weight_map = {name: file.name for file in files for name, _ in file.tensors}
     content = {
         "metadata": {"total_size": sum(file.num_bytes for file in files)},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    with path.open("x", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    return write_json(folder, name, content)

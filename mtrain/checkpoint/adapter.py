@@ -18,8 +18,9 @@ from mtrain.bridge.gather import TensorLookup
 from mtrain.bridge.plan import Backend, hf_tensors
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.save import save_weights
+from mtrain.bridge.written import WrittenFile, write_json
 from mtrain.checkpoint.folder import Retention, publish_checkpoint, publish_folder
-from mtrain.checkpoint.weights import SMALL_FILES_BYTES, copy_beside_weights, write_json
+from mtrain.checkpoint.weights import SMALL_FILES_BYTES, copy_beside_weights
 from mtrain.lora.adapter_file import join_adapter_files, write_adapter_file
 from mtrain.lora.adapter_settings import CONFIG_FILE
 from mtrain.lora.base_model import BASE_FILE, base_model
@@ -89,7 +90,7 @@ def save_adapter(
     """
     num_bytes = _num_bytes(form)
 
-    def write(folder: Path) -> list[Path]:
+    def write(folder: Path) -> list[WrittenFile]:
         save_weights(
             lookup,
             folder,
@@ -100,11 +101,11 @@ def save_adapter(
             max_shard_size=max(1, num_bytes),
             stem=_PART_STEM,
         )
+        # They become one file and go.
         return []
 
-    def finish(folder: Path) -> list[Path]:
-        _join(folder, form)
-        return _write_beside(folder, form, arguments)
+    def finish(folder: Path) -> list[WrittenFile]:
+        return [_join(folder, form), *_write_beside(folder, form, arguments)]
 
     return publish_checkpoint(
         run,
@@ -114,6 +115,7 @@ def save_adapter(
         # The parts and what they become are there at once.
         num_bytes=2 * num_bytes + SMALL_FILES_BYTES,
         retention=Retention(limit=save_total_limit, protected=protected),
+        source=_source(form),
         finish=finish,
     )
 
@@ -143,9 +145,9 @@ def export_adapter(
         SaveError: On every rank.
     """
 
-    def finish(staged: Path) -> list[Path]:
+    def finish(staged: Path) -> list[WrittenFile]:
         with stored.open() as source:
-            write_adapter_file(
+            weights = write_adapter_file(
                 source,
                 staged / WEIGHTS_FILE,
                 lora=form.lora,
@@ -153,17 +155,23 @@ def export_adapter(
                 layout=form.layout,
                 dtype=form.dtype,
             )
-        return _write_beside(staged, form, arguments)
+        return [weights, *_write_beside(staged, form, arguments)]
 
     publish_folder(
         folder,
         lambda _: [],
         state=state,
         num_bytes=_num_bytes(form) + SMALL_FILES_BYTES,
+        source=_source(form),
         sources=[form.source, stored.folder],
         exist_ok=exist_ok,
         finish=finish,
     )
+
+
+def _source(form: AdapterFormat) -> dict[str, Any]:
+    """What an adapter belongs to, for its manifest."""
+    return {"model": str(form.source), "base fingerprint": form.fingerprint}
 
 
 def _num_bytes(form: AdapterFormat) -> int:
@@ -171,25 +179,28 @@ def _num_bytes(form: AdapterFormat) -> int:
     return sum(prod(shape) for shape in shapes) * form.dtype.itemsize
 
 
-def _write_beside(folder: Path, form: AdapterFormat, arguments: Mapping[str, Any]) -> list[Path]:
+def _write_beside(
+    folder: Path, form: AdapterFormat, arguments: Mapping[str, Any]
+) -> list[WrittenFile]:
     """Writes all but the weights."""
     config = adapter_config(
         form.lora, form.table, base=form.base, layout=form.layout, dropout=form.dropout
     )
     return [
         *copy_beside_weights(form.source, folder),
-        write_json(folder / CONFIG_FILE, config),
-        write_json(folder / BASE_FILE, base_model(form.fingerprint)),
-        write_json(folder / "args.json", arguments),
+        write_json(folder, CONFIG_FILE, config),
+        write_json(folder, BASE_FILE, base_model(form.fingerprint)),
+        write_json(folder, "args.json", arguments),
     ]
 
 
-def _join(folder: Path, form: AdapterFormat) -> None:
+def _join(folder: Path, form: AdapterFormat) -> WrittenFile:
     """Makes one file of those that the ranks wrote, and removes them."""
     written = sorted(folder.glob(f"{_PART_STEM}*"))
     parts = [path for path in written if path.suffix == ".safetensors"]
-    join_adapter_files(
+    joined = join_adapter_files(
         parts, folder / WEIGHTS_FILE, lora=form.lora, table=form.table, layout=form.layout
     )
     for path in written:
         path.unlink()
+    return joined

@@ -8,17 +8,21 @@ deletes; the other ranks write their files and wait.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from mtrain.bridge.written import WrittenFile
+from mtrain.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from mtrain.parallel import ParallelState
 
 __all__ = [
@@ -42,6 +46,8 @@ _STAGED = ".staged-"
 _WEIGHTS = re.compile(r"\.safetensors$|\.safetensors\.index\.json$|^adapter_config\.json$")
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class SaveError(RuntimeError):
@@ -137,12 +143,13 @@ def _step_of(checkpoint: Path) -> int:
 def publish_checkpoint(
     run: Path,
     step: int,
-    write: Callable[[Path], Iterable[Path]],
+    write: Callable[[Path], Iterable[WrittenFile]],
     *,
     state: ParallelState,
     num_bytes: int,
     retention: Retention,
-    finish: Callable[[Path], Iterable[Path]] | None = None,
+    source: Mapping[str, Any],
+    finish: Callable[[Path], Iterable[WrittenFile]] | None = None,
 ) -> Path:
     """Writes `run/checkpoint-<step>` on all ranks, and publishes it when all are done.
 
@@ -153,6 +160,7 @@ def publish_checkpoint(
         state: This rank; every rank must call this.
         num_bytes: As for `publish_folder`.
         retention: Which older checkpoints are deleted afterwards.
+        source: As for `publish_folder`.
         finish: As for `publish_folder`.
 
     Returns:
@@ -162,8 +170,15 @@ def publish_checkpoint(
         SaveError: It failed on a rank, with the path and the reason. All ranks raise.
     """
     final = run / f"checkpoint-{step}"
-    sources = [retention.protected] if retention.protected else []
-    publish_folder(final, write, state=state, num_bytes=num_bytes, sources=sources, finish=finish)
+    publish_folder(
+        final,
+        write,
+        state=state,
+        num_bytes=num_bytes,
+        source=source,
+        sources=[retention.protected] if retention.protected else [],
+        finish=finish,
+    )
     _agree(final, state, lambda: _track(run, step) if state.is_first_rank else None)
     if state.is_first_rank:
         _retain(run, retention)
@@ -172,27 +187,30 @@ def publish_checkpoint(
 
 def publish_folder(
     final: Path,
-    write: Callable[[Path], Iterable[Path]],
+    write: Callable[[Path], Iterable[WrittenFile]],
     *,
     state: ParallelState,
     num_bytes: int,
+    source: Mapping[str, Any],
     sources: Sequence[Path] = (),
     exist_ok: bool = False,
-    finish: Callable[[Path], Iterable[Path]] | None = None,
+    finish: Callable[[Path], Iterable[WrittenFile]] | None = None,
 ) -> None:
     """Writes a folder on all ranks, and gives it its name when all are done.
 
     Args:
         final: Its name.
-        write: Writes this rank's files into the folder it is given and returns their paths. It
-            may use collectives, but then has to end on every rank when it fails on one.
+        write: Writes this rank's files into the folder it is given and returns records of those
+            that stay. It may use collectives, but then has to end on every rank when it fails on
+            one.
         state: This rank; every rank must call this.
         num_bytes: About how much all ranks write; checked against the free space first.
+        source: What the folder is made from, for its manifest; that of the first rank counts.
         sources: Folders that are being read, which must stay as they are.
         exist_ok: Whether a folder that is there and not empty gets the files, in the place of its
             weights. That is not one step: cut short, it leaves the folder incomplete.
         finish: Called on the first rank with the folder when all ranks have written; does what
-            needs the files of all of them, and returns the paths that it made.
+            needs the files of all of them, and returns records of those that it made.
 
     Raises:
         SaveError: It failed on a rank, with the path and the reason. All ranks raise.
@@ -207,29 +225,51 @@ def publish_folder(
     staged = _agree(final, state, stage)[0]
     assert staged is not None
     try:
-        _agree(final, state, lambda: _flush(write(staged)))
+        files = _flushed_by_all(final, state, staged, write)
         if finish is not None:
-            _agree(final, state, lambda: _flush(finish(staged)) if state.is_first_rank else None)
-        _agree(final, state, lambda: _publish(staged, final) if state.is_first_rank else None)
+            files += _flushed_by_all(
+                final, state, staged, finish if state.is_first_rank else lambda _: []
+            )
+        complete = functools.partial(_publish, staged, final, files, source)
+        _agree(final, state, lambda: complete() if state.is_first_rank else None)
     except SaveError:
         if state.is_first_rank:
             shutil.rmtree(staged, ignore_errors=True)
         raise
 
 
-def _agree(final: Path, state: ParallelState, work: Callable[[], Path | None]) -> list[Path | None]:
+def _flushed_by_all(
+    final: Path,
+    state: ParallelState,
+    staged: Path,
+    write: Callable[[Path], Iterable[WrittenFile]],
+) -> list[WrittenFile]:
+    """Records of what all ranks wrote; it is on disk then."""
+
+    def work() -> list[WrittenFile]:
+        files = list(write(staged))
+        for file in files:
+            _fsync(staged / file.name)
+        return files
+
+    return [file for files in _agree(final, state, work) for file in files]
+
+
+def _agree(final: Path, state: ParallelState, work: Callable[[], T]) -> list[T]:
     """Runs work on this rank, and raises on every rank if it failed on any.
+
+    Its answers are returned in rank order.
 
     Errors of the file system and of the user end the save; anything else is a bug and is raised
     where it happened.
     """
-    result: Path | None = None
+    result: T | None = None
     problem: str | None = None
     try:
         result = work()
     except (OSError, ValueError) as error:
         problem = f"rank {state.rank}: {error}"
-    answers: list[tuple[Path | None, str | None]] = [(None, None)] * state.layout.world_size
+    answers: list[tuple[Any, str | None]] = [(None, None)] * state.layout.world_size
     dist.all_gather_object(answers, (result, problem), group=state.groups.world)
     problems = [text for _, text in answers if text]
     if problems:
@@ -264,13 +304,11 @@ def _stage(final: Path, num_bytes: int) -> Path:
     return staged
 
 
-def _flush(paths: Iterable[Path]) -> None:
-    for path in paths:
-        _fsync(path)
-
-
-def _publish(staged: Path, final: Path) -> None:
+def _publish(
+    staged: Path, final: Path, files: Iterable[WrittenFile], source: Mapping[str, Any]
+) -> None:
     """Everything before the rename is on disk; everything after it can be lost and made again."""
+    write_manifest(staged, files, source=source)
     for folder, _, _ in os.walk(staged, topdown=False):
         _fsync(Path(folder))
     if final.is_dir() and any(final.iterdir()):
@@ -281,18 +319,26 @@ def _publish(staged: Path, final: Path) -> None:
 
 
 def _move_into(staged: Path, final: Path) -> None:
-    """Puts files into a folder with others; its old weights go first, the new ones come last."""
+    """Puts files into a folder with others.
+
+    Its old manifest and weights go first, the new ones come last.
+    """
+    (final / MANIFEST_FILE).unlink(missing_ok=True)
     for path in final.iterdir():
         if _WEIGHTS.search(path.name):
             path.unlink()
     files = (path for path in staged.rglob("*") if path.is_file())
-    for path in sorted(files, key=lambda path: (bool(_WEIGHTS.search(path.name)), path.name)):
+    for path in sorted(files, key=_place_in_order):
         target = final / path.relative_to(staged)
         target.parent.mkdir(exist_ok=True)
         path.replace(target)
     shutil.rmtree(staged)
     for folder, _, _ in os.walk(final, topdown=False):
         _fsync(Path(folder))
+
+
+def _place_in_order(path: Path) -> tuple[bool, bool, str]:
+    return path.name == MANIFEST_FILE, bool(_WEIGHTS.search(path.name)), path.name
 
 
 def _track(run: Path, step: int) -> None:

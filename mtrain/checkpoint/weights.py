@@ -7,7 +7,6 @@ only the dtype. Tokenizer, chat template and generation settings are copied byte
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from mtrain.bridge.gather import TensorLookup
 from mtrain.bridge.plan import Backend, hf_tensors, weight_table
 from mtrain.bridge.save import save_weights
+from mtrain.bridge.written import WrittenFile, record_file, write_json
 from mtrain.checkpoint.folder import Retention, publish_checkpoint, publish_folder
 from mtrain.parallel import ParallelState
 
@@ -96,6 +96,7 @@ def save_checkpoint(
         state=state,
         num_bytes=_num_bytes(form),
         retention=Retention(limit=save_total_limit, protected=form.source),
+        source=_source(form),
     )
 
 
@@ -126,9 +127,15 @@ def export_model(
         functools.partial(_write, lookup, form, arguments, state),
         state=state,
         num_bytes=_num_bytes(form),
+        source=_source(form),
         sources=[form.source],
         exist_ok=exist_ok,
     )
+
+
+def _source(form: WeightsFormat) -> dict[str, Any]:
+    """What a checkpoint was made from, for its manifest."""
+    return {"model": str(form.source)}
 
 
 def _num_bytes(form: WeightsFormat) -> int:
@@ -142,9 +149,9 @@ def _write(
     arguments: Mapping[str, Any],
     state: ParallelState,
     folder: Path,
-) -> list[Path]:
-    """Writes this rank's files; the weights are flushed already and not among those returned."""
-    save_weights(
+) -> list[WrittenFile]:
+    """Writes this rank's files."""
+    weights = save_weights(
         lookup,
         folder,
         table=weight_table(form.hf_config),
@@ -154,15 +161,16 @@ def _write(
         max_shard_size=form.max_shard_size,
     )
     if not state.is_first_rank:
-        return []
+        return list(weights)
     return [
+        *weights,
         *copy_beside_weights(form.source, folder),
-        write_json(folder / "config.json", _with_dtype(form.hf_config, form.dtype)),
-        write_json(folder / "args.json", arguments),
+        write_json(folder, "config.json", with_dtype(form.hf_config, form.dtype)),
+        write_json(folder, "args.json", arguments),
     ]
 
 
-def copy_beside_weights(source: Path, folder: Path) -> list[Path]:
+def copy_beside_weights(source: Path, folder: Path) -> list[WrittenFile]:
     """Copies tokenizer, chat template and generation settings.
 
     Args:
@@ -170,7 +178,7 @@ def copy_beside_weights(source: Path, folder: Path) -> list[Path]:
         folder: Where to.
 
     Returns:
-        The new files.
+        Records of the new files.
     """
     copies = []
     for pattern in _COPIED:
@@ -178,17 +186,11 @@ def copy_beside_weights(source: Path, folder: Path) -> list[Path]:
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
-            copies.append(copy)
+            copies.append(record_file(folder, copy))
     return copies
 
 
-def _with_dtype(hf_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def with_dtype(hf_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The config with the dtype of the saved tensors, under the key or keys that it uses."""
     keys = [key for key in _DTYPE_KEYS if key in hf_config] or ["dtype"]
     return {**hf_config, **dict.fromkeys(keys, str(dtype).removeprefix("torch."))}
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    """Writes a JSON file; returns its path."""
-    path.write_text(json.dumps(dict(content), indent=2, ensure_ascii=False) + "\n", "utf-8")
-    return path

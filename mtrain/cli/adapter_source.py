@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from mtrain.bridge.fingerprint import fingerprint
 from mtrain.bridge.plan import hf_tensors
 from mtrain.bridge.rules import WeightTable
+from mtrain.checkpoint.torch_dist.folder import read_torch_dist_adapter
 from mtrain.cli.model_source import ModelSource, dtype_name
 from mtrain.config import ExportConfig, SftConfig, TunerConfig
 from mtrain.lora.base_model import check_base_model
@@ -64,15 +64,14 @@ def open_adapter(config: SftConfig | ExportConfig, source: ModelSource) -> Adapt
         if tuner.tuner_type == "full":
             return None
         _check_precision(config, source)
-    own = fingerprint(source.checkpoint)
-    if tuner.adapters:
-        (folder,) = tuner.adapters
-        stored = read_adapter(Path(folder).expanduser(), source.table)
+    elif not (tuner.adapters or tuner.mcore_adapter):
+        return None
+    stored = _read_stored(tuner, source.table)
+    own = source.fingerprint()
+    if stored is not None:
         check_base_model(stored.folder, own, named=stored.base)
-        adapter = AdapterSource(lora=stored.lora, stored=stored, fingerprint=own)
-    else:
-        lora = choose_targets(source.table, tuner)
-        adapter = AdapterSource(lora=lora, stored=None, fingerprint=own)
+    lora = choose_targets(source.table, tuner) if stored is None else stored.lora
+    adapter = AdapterSource(lora=lora, stored=stored, fingerprint=own)
     if tuner.merge_lora:
         check_mergeable(source.table, adapter.lora)
     else:
@@ -80,6 +79,16 @@ def open_adapter(config: SftConfig | ExportConfig, source: ModelSource) -> Adapt
         layout = tuner.lora_export_layout
         adapter_config(adapter.lora, source.table, base=None, layout=layout, dropout=0.0)
     return adapter
+
+
+def _read_stored(tuner: TunerConfig, table: WeightTable) -> StoredAdapter | None:
+    """The adapter that is given, in either format; None for a new one."""
+    if tuner.mcore_adapter is not None:
+        return read_torch_dist_adapter(Path(tuner.mcore_adapter).expanduser(), table)
+    if tuner.adapters:
+        (folder,) = tuner.adapters
+        return read_adapter(Path(folder).expanduser(), table)
+    return None
 
 
 def saving_notice(

@@ -4,11 +4,11 @@ Its weights are random. It is made for the embedded `swift/self-cognition` quest
 them within a minute on two CPU cores; `examples/shell/quickstart.sh` does that.
 """
 
-import argparse
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from mtrain.cli.errors import OneLineParser
 from mtrain.data.self_cognition import self_cognition_rows
 
 CHAT_TEMPLATE = (
@@ -23,12 +23,6 @@ VOCAB_SIZE = 1200
 HEAD_DIM = 32
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Mistakes are one line, as in the other commands."""
-        raise ValueError(message)
-
-
 def run(words: list[str]) -> int:
     """Writes the checkpoint and says where.
 
@@ -41,7 +35,7 @@ def run(words: list[str]) -> int:
     Raises:
         ValueError: A flag is wrong, or the output folder is not empty.
     """
-    parser = _Parser(
+    parser = OneLineParser(
         prog="megatron demo",
         description="Write a tiny random Qwen3 checkpoint with a tokenizer.",
         allow_abbrev=False,

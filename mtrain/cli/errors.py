@@ -5,6 +5,7 @@ that a `raise` of mtrain's own raised says all there is to say. One out of a lib
 needs its traceback.
 """
 
+import argparse
 import os
 import sys
 import traceback
@@ -17,6 +18,7 @@ __all__ = [
     "EXIT_FAILURE",
     "EXIT_INTERRUPTED",
     "EXIT_USER_ERROR",
+    "OneLineParser",
     "end_failed_rank",
     "error_line",
     "exit_code",
@@ -28,6 +30,18 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 _PACKAGE = Path(mtrain.__file__).parent
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Argparse whose mistakes are one line, as those of the commands with many flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leaves the printing to `megatron`.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(message)
 
 
 def is_foreseen(error: BaseException) -> bool:

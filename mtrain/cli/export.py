@@ -1,27 +1,43 @@
-"""`megatron export` on one rank: an adapter merged into its model, or written anew.
+"""`megatron export` on one rank: a checkpoint converted, with an adapter merged or alone.
 
-The one thing to know: merging loads the model as training does, on any layout; rewriting an adapter
-needs no model, so the first rank does it alone.
+The one thing to know: conversion builds no model. Whatever is read gives Hugging Face tensors by
+name, whatever is written takes them, and the ranks share the work evenly; parallel sizes only
+matter to the precision test, which runs the result.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from mtrain.bridge.plan import Backend
+from mtrain.bridge.converted import ConvertedWeights, converted
+from mtrain.bridge.fingerprint import fingerprint
+from mtrain.bridge.plan import Backend, hf_tensors
+from mtrain.bridge.safetensors_folder import open_checkpoint
+from mtrain.bridge.save import DTYPE_NAMES
+from mtrain.bridge.sources import StoredWeights
 from mtrain.checkpoint.adapter import AdapterFormat, export_adapter
-from mtrain.checkpoint.weights import WeightsFormat, export_model
+from mtrain.checkpoint.convert import (
+    Destination,
+    ModelDescription,
+    export_torch_dist_adapter,
+    export_torch_dist_model,
+    export_weights,
+)
+from mtrain.checkpoint.weights import with_dtype
 from mtrain.cli.adapter_source import AdapterSource
 from mtrain.cli.launch import Placement
-from mtrain.cli.loading import find_backend, join, load_adapter, load_model, training_dtype
-from mtrain.cli.model_source import ModelSource, base_name, stored_dtype_name
+from mtrain.cli.loading import find_backend, join, training_dtype
+from mtrain.cli.model_source import ModelSource, base_name
 from mtrain.cli.preparation import open_export_inputs
-from mtrain.cli.rank_checks import check_same_inputs
-from mtrain.config import ExportConfig, TrainingConfig, config_to_dict
-from mtrain.lora.merge import merged_lookup
+from mtrain.cli.rank_checks import check_same_inputs, gather_counts
+from mtrain.config import ExportConfig, config_to_dict
+from mtrain.lora.adapter_weights import adapter_weights
+from mtrain.lora.merged_weights import merge_weights
+from mtrain.lora.peft_config import adapter_config
+from mtrain.lora.plan import adapter_table
 from mtrain.parallel import ParallelState, destroy_parallel
 
 
@@ -33,7 +49,7 @@ def run(config: ExportConfig, here: Placement) -> int:
         here: This rank.
 
     Returns:
-        Exit code.
+        Exit code: 1 when the precision test found a difference.
 
     Raises:
         ValueError: A setting does not fit the model or the adapter.
@@ -43,89 +59,162 @@ def run(config: ExportConfig, here: Placement) -> int:
     source, adapter = open_export_inputs(config, world_size=here.world_size)
     state = join(config, here, seed=0)
     check_same_inputs(config, source, state, adapter=adapter)
-    assert config.checkpoint.output_dir is not None, "resolve_export fills it"
-    folder = Path(config.checkpoint.output_dir).expanduser()
-    if config.tuner.merge_lora:
-        _merge(config, source, adapter, state, folder, backend=backend)
+    if config.export.test_convert_precision:
+        _check_hf_weights(config, source)
+    to = _destination(config, source, adapter, state)
+    exported: StoredWeights | None = None
+    if adapter is None or config.tuner.merge_lora:
+        exported = _export_model(config, source, adapter, to)
+        what = "the model" if adapter is None else "the merged model"
     else:
-        _rewrite(config, source, adapter, state, folder, backend=backend)
+        _export_adapter(config, source, adapter, to, backend=backend)
+        what = "the adapter"
     if state.is_first_rank:
-        what = "the merged model" if config.tuner.merge_lora else "the adapter"
-        print(f"saved {what}: {folder}", file=sys.stderr)
+        print(f"saved {what}: {to.folder}", file=sys.stderr)
+    passed = True
+    if config.export.test_convert_precision:
+        # Here, not above: it needs transformers, and a conversion starts faster without.
+        from mtrain.cli.precision import check_conversion
+
+        passed = check_conversion(
+            config, source, adapter, state, exported=exported, folder=to.folder, backend=backend
+        )
     destroy_parallel()
-    return 0
+    return 0 if passed else 1
 
 
-def _merge(
-    config: ExportConfig,
-    source: ModelSource,
-    adapter: AdapterSource,
-    state: ParallelState,
-    folder: Path,
-    *,
-    backend: Backend,
-) -> None:
-    """Saves the model with the adapter merged, rounded once: to the dtype that is wanted."""
-    dtype = training_dtype(config.model, source.hf_config)
-    is_own = config.model.torch_dtype in (None, stored_dtype_name(source.hf_config))
-    chunks = load_model(
-        config,
-        source,
-        state,
-        backend=backend,
-        training=TrainingConfig(),
-        dtype=dtype if is_own else torch.float32,
-    )
-    load_adapter(
-        chunks, adapter, source, state, backend=backend, dtype=torch.float32, dropout=0.0, seed=0
-    )
-    merged = merged_lookup(chunks)
-    export_model(
-        folder,
-        lambda chunk, name, expert: merged(chunk, name, expert).detach().to(dtype),
-        form=WeightsFormat(
-            source=source.folder,
-            hf_config=source.hf_config,
-            backend=backend,
-            dtype=dtype,
-            max_shard_size=config.checkpoint.max_shard_bytes,
-        ),
-        arguments=config_to_dict(config),
+def _check_hf_weights(config: ExportConfig, source: ModelSource) -> None:
+    """Makes sure that the precision test will have a Hugging Face model to compare with.
+
+    Raises:
+        ValueError: The folder of `--model` has no weights.
+    """
+    has_adapter = config.tuner.adapters or config.tuner.mcore_adapter
+    if config.export.to_mcore or (has_adapter and not config.tuner.merge_lora):
+        open_checkpoint(source.folder)
+
+
+def _destination(
+    config: ExportConfig, source: ModelSource, adapter: AdapterSource | None, state: ParallelState
+) -> Destination:
+    assert config.checkpoint.output_dir is not None, "resolve_export fills it"
+    read = [source.folder, source.mcore_folder]
+    origin = {"model": str(source.mcore_folder or source.folder)}
+    if adapter is not None:
+        assert adapter.stored is not None, "an export makes no new adapter"
+        read.append(adapter.stored.folder)
+        origin |= {"adapter": str(adapter.stored.folder), "base fingerprint": adapter.fingerprint}
+    return Destination(
+        folder=Path(config.checkpoint.output_dir).expanduser(),
         state=state,
         exist_ok=config.export.exist_ok,
+        arguments=config_to_dict(config),
+        origin=origin,
+        sources=[folder for folder in read if folder is not None],
     )
 
 
-def _rewrite(
+def _export_model(
+    config: ExportConfig, source: ModelSource, adapter: AdapterSource | None, to: Destination
+) -> StoredWeights:
+    """A model in the precision that is asked for, or in that of each of its tensors."""
+    weights = source.weights
+    if adapter is not None:
+        assert adapter.stored is not None, "an export makes no new adapter"
+        weights = merge_weights(weights, adapter.stored)
+    wanted = _wanted_dtype(config, source)
+    result = converted(
+        weights,
+        {name: wanted or source.weights.tensors[name].dtype for name in hf_tensors(source.table)},
+    )
+    described = ModelDescription(folder=source.folder, hf_config=_hf_config(config, source))
+    if config.export.to_hf:
+        size = config.checkpoint.max_shard_bytes
+        export_weights(result, to, described=described, max_shard_size=size)
+    else:
+        own = source.fingerprint() if adapter is None and not wanted else fingerprint(result)
+        export_torch_dist_model(
+            result, to, table=source.table, described=described, fingerprint=own
+        )
+    _warn_of_overflows(result, to.state)
+    return result
+
+
+def _export_adapter(
     config: ExportConfig,
     source: ModelSource,
     adapter: AdapterSource,
-    state: ParallelState,
-    folder: Path,
+    to: Destination,
     *,
     backend: Backend,
 ) -> None:
-    """Saves the adapter as it is, with its experts in the layout that is asked for."""
+    """The adapter as it is; in Hugging Face format with its experts in the layout asked for."""
     stored = adapter.stored
-    assert stored is not None, "check_export refuses it"
+    assert stored is not None, "an export makes no new adapter"
     # Wider than float32 is neither computed nor written here.
     own_dtype = "float32" if stored.dtype == "float64" else stored.dtype
-    wanted = config.tuner.lora_dtype or own_dtype
-    export_adapter(
-        folder,
-        stored,
-        form=AdapterFormat(
+    dtype = training_dtype(
+        config.model, source.hf_config, wanted=config.tuner.lora_dtype or own_dtype
+    )
+    layout = config.tuner.lora_export_layout
+    if config.export.to_hf:
+        form = AdapterFormat(
             source=source.folder,
             table=source.table,
             lora=adapter.lora,
             backend=backend,
-            dtype=training_dtype(config.model, source.hf_config, wanted=wanted),
+            dtype=dtype,
             base=base_name(config.model),
             fingerprint=adapter.fingerprint,
-            layout=config.tuner.lora_export_layout,
+            layout=layout,
             dropout=stored.dropout,
+        )
+        export_adapter(
+            to.folder,
+            stored,
+            form=form,
+            arguments=to.arguments,
+            state=to.state,
+            exist_ok=to.exist_ok,
+        )
+        return
+    table = adapter_table(source.table, adapter.lora)
+    weights = adapter_weights(stored, table)
+    result = converted(weights, dict.fromkeys(weights.tensors, DTYPE_NAMES[dtype]))
+    base = base_name(config.model)
+    export_torch_dist_adapter(
+        result,
+        to,
+        table=table,
+        config=adapter_config(
+            adapter.lora, source.table, base=base, layout="per_expert", dropout=stored.dropout
         ),
-        arguments=config_to_dict(config),
-        state=state,
-        exist_ok=config.export.exist_ok,
+        fingerprint=adapter.fingerprint,
+    )
+    _warn_of_overflows(result, to.state)
+
+
+def _wanted_dtype(config: ExportConfig, source: ModelSource) -> str | None:
+    if config.model.torch_dtype is None:
+        return None
+    return DTYPE_NAMES[training_dtype(config.model, source.hf_config)]
+
+
+def _hf_config(config: ExportConfig, source: ModelSource) -> Mapping[str, Any]:
+    if config.model.torch_dtype is None:
+        return source.hf_config
+    return with_dtype(source.hf_config, training_dtype(config.model, source.hf_config))
+
+
+def _warn_of_overflows(weights: ConvertedWeights, state: ParallelState) -> None:
+    """Says which values the new precision could not hold."""
+    counts = gather_counts(weights.overflows, state)
+    if not counts or not state.is_first_rank:
+        return
+    names = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items())[:10])
+    more = f" and {len(counts) - 10} more" if len(counts) > 10 else ""
+    print(
+        f"warning: {sum(counts.values())} values became infinite in the new precision: "
+        f"{names}{more}",
+        file=sys.stderr,
     )

@@ -109,7 +109,7 @@ def load_model(
     chunks = build_model(described, model_config, state, backend=backend)
     load_weights(
         chunks,
-        source.checkpoint,
+        source.weights,
         table=source.table,
         layout=state.layout,
         rank=state.rank,

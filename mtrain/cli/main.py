@@ -27,11 +27,13 @@ from mtrain.config.path_checks import (
     check_adapters,
     check_datasets,
     check_export_dir,
+    check_mcore_model,
     check_run_dir,
     check_trackers,
-    local_model_folder,
+    local_config_folder,
 )
 from mtrain.config.run import ExportConfig, SftConfig, resolve_export, resolve_sft
+from mtrain.config.saved_arguments import fill_base
 
 __all__ = ["main"]
 
@@ -42,6 +44,7 @@ _USAGE = """usage: megatron COMMAND [--flag value ...]
 
   sft      fine-tune a Hugging Face checkpoint and save one
   export   merge an adapter into its model, or rewrite it
+  verify   check that a checkpoint is what was saved, or compare two
   demo     make a tiny random model to try the others on
 
 `megatron COMMAND --help` lists the flags. `megatron --version` prints the version."""
@@ -133,14 +136,14 @@ class _Command(Generic[C]):
 
 
 def _find_command(name: str) -> Callable[[list[str]], int]:
-    commands = {"sft": _SFT, "export": _EXPORT, "demo": _demo}
+    commands = {"sft": _SFT, "export": _EXPORT, "verify": _verify, "demo": _demo}
     if name not in commands:
         raise ValueError(f"unknown command; there are {', '.join(commands)} (see megatron --help)")
     return commands[name]
 
 
 def _read_sft(words: list[str], world_size: int) -> SftConfig:
-    config = resolve_sft(parse_config(SftConfig, words))
+    config = fill_base(resolve_sft(parse_config(SftConfig, words)))
     check_sft(config, world_size=world_size)
     _check_model(config)
     check_adapters(config.tuner)
@@ -150,7 +153,7 @@ def _read_sft(words: list[str], world_size: int) -> SftConfig:
 
 
 def _read_export(words: list[str], world_size: int) -> ExportConfig:
-    config = resolve_export(parse_config(ExportConfig, words))
+    config = fill_base(resolve_export(parse_config(ExportConfig, words)))
     check_export(config, world_size=world_size)
     _check_model(config)
     check_adapters(config.tuner)
@@ -158,8 +161,8 @@ def _read_export(words: list[str], world_size: int) -> ExportConfig:
 
 
 def _check_model(config: SftConfig | ExportConfig) -> None:
-    assert config.model.model is not None, "the checks refuse it"
-    folder = local_model_folder(config.model.model)
+    check_mcore_model(config.model)
+    folder = local_config_folder(config.model)
     if folder is not None:
         check_model_folder(folder, model=config.model, parallel=config.parallel)
 
@@ -205,6 +208,12 @@ _EXPORT = _Command(
     prepare=_prepare_export,
     run=_run_export,
 )
+
+
+def _verify(words: list[str]) -> int:
+    from mtrain.cli import verify
+
+    return verify.run(words)
 
 
 def _demo(words: list[str]) -> int:

@@ -11,38 +11,50 @@ from typing import Any
 
 from mtrain.bridge.families import find_family
 from mtrain.bridge.family import Family
+from mtrain.bridge.fingerprint import fingerprint
 from mtrain.bridge.hf_config import rotary_base
 from mtrain.bridge.ledger import check_checkpoint
 from mtrain.bridge.plan import Backend, plan_rank
 from mtrain.bridge.rules import WeightTable
-from mtrain.bridge.safetensors_folder import Checkpoint, open_checkpoint
+from mtrain.bridge.safetensors_folder import open_checkpoint
+from mtrain.bridge.sources import StoredWeights
+from mtrain.checkpoint.torch_dist.folder import open_torch_dist_model
 from mtrain.config import ModelConfig, ParallelConfig
 from mtrain.config.model_checks import check_model_folder, read_hf_config
-from mtrain.config.path_checks import local_model_folder
+from mtrain.config.path_checks import local_config_folder
+from mtrain.lora.base_model import read_base_model
 from mtrain.parallel import ParallelLayout
 
 _DTYPES = ("float32", "bfloat16", "float16")
 # Never a pickle: .bin and .pt files stay on the hub.
-_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """A Hugging Face checkpoint that passed its checks.
+    """A checkpoint that passed its checks.
 
     Attributes:
-        folder: Where its files are.
+        folder: Where its config.json and its tokenizer are.
         hf_config: Its config.json with the overrides of the user applied.
         family: Its family.
         table: Its weights.
-        checkpoint: The tensors in its files.
+        weights: The tensors in its files.
+        mcore_folder: The torch_dist folder that these are in; None for Hugging Face files, which
+            are in `folder`.
     """
 
     folder: Path
     hf_config: dict[str, Any]
     family: Family
     table: WeightTable
-    checkpoint: Checkpoint
+    weights: StoredWeights
+    mcore_folder: Path | None = None
+
+    def fingerprint(self) -> str:
+        """What adapters know the model by."""
+        stored = self.mcore_folder and read_base_model(self.mcore_folder)
+        return stored or fingerprint(self.weights)
 
 
 def parallel_layout(parallel: ParallelConfig, *, world_size: int) -> ParallelLayout:
@@ -78,12 +90,11 @@ def open_source(
     Raises:
         ValueError: With the reason, in one line.
     """
-    assert model.model is not None, "check_sft refuses it"
-    folder = local_model_folder(model.model)
+    folder = local_config_folder(model)
     if folder is None:
         config_only = _fetch(model, patterns=["config.json"], download=download)
         find_family(_overridden(read_hf_config(config_only), model))
-        folder = _fetch(model, patterns=_FILES, download=download)
+        folder = _fetch(model, patterns=_files(model), download=download)
         check_model_folder(folder, model=model, parallel=parallel)
     hf_config = _overridden(read_hf_config(folder), model)
     family = find_family(hf_config)
@@ -92,10 +103,20 @@ def open_source(
     for pp_rank in range(layout.pp_size):
         rank = pp_rank * (world_size // layout.pp_size)
         plan_rank(table, layout=layout, rank=rank, backend="torch")
-    checkpoint = open_checkpoint(folder)
-    check_checkpoint(table, checkpoint)
+    mcore_folder = None if model.mcore_model is None else Path(model.mcore_model).expanduser()
+    weights = (
+        open_checkpoint(folder)
+        if mcore_folder is None
+        else open_torch_dist_model(mcore_folder, table)
+    )
+    check_checkpoint(table, weights)
     return ModelSource(
-        folder=folder, hf_config=hf_config, family=family, table=table, checkpoint=checkpoint
+        folder=folder,
+        hf_config=hf_config,
+        family=family,
+        table=table,
+        weights=weights,
+        mcore_folder=mcore_folder,
     )
 
 
@@ -118,9 +139,11 @@ def dtype_name(model: ModelConfig, hf_config: Mapping[str, Any]) -> str:
 
 def base_name(model: ModelConfig) -> str:
     """What an adapter calls its base: an absolute path, or an id on a hub."""
-    assert model.model is not None, "the checks refuse it"
-    folder = local_model_folder(model.model)
-    return model.model if folder is None else str(folder.absolute())
+    folder = local_config_folder(model)
+    if folder is not None:
+        return str(folder.absolute())
+    assert model.model is not None, "what is on no disk has an id"
+    return model.model
 
 
 def hf_names(table: WeightTable, *, backend: Backend) -> dict[str, tuple[str, ...]]:
@@ -130,6 +153,11 @@ def hf_names(table: WeightTable, *, backend: Backend) -> dict[str, tuple[str, ..
         parameter.name: tuple(dict.fromkeys(piece.hf_name for piece in parameter.pieces))
         for parameter in plan
     }
+
+
+def _files(model: ModelConfig) -> list[str]:
+    """What is fetched of a model; without weights where these are in another folder."""
+    return list(_SMALL_FILES) if model.mcore_model else ["*.safetensors", *_SMALL_FILES]
 
 
 def _overridden(hf_config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:

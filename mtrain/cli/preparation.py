@@ -92,15 +92,13 @@ def prepare_export(config: ExportConfig, *, world_size: int, show_progress: bool
 
 def open_export_inputs(
     config: ExportConfig, *, world_size: int
-) -> tuple[ModelSource, AdapterSource]:
-    """Model and adapter as `prepare_export` left them.
+) -> tuple[ModelSource, AdapterSource | None]:
+    """Model and adapter as `prepare_export` left them; None for no adapter.
 
     Raises:
         ValueError: They changed since and cannot be used any more.
     """
-    source, adapter = _open_model(config, world_size=world_size, download=False)
-    assert adapter is not None, "check_export refuses it"
-    return source, adapter
+    return _open_model(config, world_size=world_size, download=False)
 
 
 def _open_model(

@@ -6,6 +6,7 @@ The one thing to know: everything else is checked before the ranks are started, 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from mtrain.data.tokenize import PreparedData
 
 # Flags that name places on a node; contents are compared instead.
-_PLACES = {"model", "adapters", "dataset", "val_dataset", "output_dir", "tensorboard_dir"}
+_PLACES = {
+    *("model", "mcore_model", "adapters", "mcore_adapter"),
+    *("dataset", "val_dataset", "output_dir", "tensorboard_dir"),
+}
 
 
 def check_collectives(parallel: ParallelConfig) -> None:
@@ -74,3 +78,10 @@ def check_same_inputs(
                     f"{what} differs between the nodes: {value} on rank 0, {theirs[what]} on rank "
                     f"{rank}; start all nodes with the same flags, files and versions"
                 )
+
+
+def gather_counts(counts: Counter[str], state: ParallelState) -> Counter[str]:
+    """The counts of all ranks together, on every rank."""
+    everyone: list[Counter[str]] = [Counter()] * state.layout.world_size
+    dist.all_gather_object(everyone, counts, group=state.groups.world)
+    return sum(everyone, Counter())

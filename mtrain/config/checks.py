@@ -33,8 +33,7 @@ def check_sft(config: SftConfig, *, world_size: int) -> None:
     """
     _check_sections(config)
     refuse_later_features(config)
-    if config.model.model is None:
-        raise ValueError("--model is missing: give a Hugging Face folder or id")
+    _check_base(config)
     _check_tuner(config.tuner)
     _check_data(config.data, config.template)
     if config.training.train_iters is None and config.training.num_train_epochs is None:
@@ -63,16 +62,37 @@ def check_export(config: ExportConfig, *, world_size: int) -> None:
     if config.export.to_hf == config.export.to_mcore:
         raise ValueError("give exactly one of --to_hf true and --to_mcore true")
     refuse_later_features(config)
-    if config.model.model is None:
-        raise ValueError("--model is missing: give the Hugging Face folder or id of the base")
-    if not config.tuner.adapters:
-        raise ValueError(
-            "--adapters is missing: export merges or rewrites an adapter; to convert a model alone "
-            "comes with a later release"
-        )
+    _check_base(config)
     _check_one_adapter(config.tuner)
+    if config.export.test_convert_precision:
+        _check_precision_test(config)
     _check_shard_size(config.checkpoint.max_shard_size)
     _check_world_size(config.parallel, world_size=world_size)
+
+
+def _check_base(config: SftConfig | ExportConfig) -> None:
+    """There is a model to start from; `fill_base` has looked for one beside the adapter."""
+    if config.model.model is None and config.model.mcore_model is None:
+        raise ValueError(
+            "--model is missing: give a Hugging Face folder or id, or a torch_dist folder as "
+            "--mcore_model"
+        )
+
+
+def _check_precision_test(config: ExportConfig) -> None:
+    """A Hugging Face model is on one side of the comparison, with an adapter of PEFT if any."""
+    tuner, to_mcore = config.tuner, config.export.to_mcore
+    has_adapter = bool(tuner.adapters or tuner.mcore_adapter)
+    needs_model = to_mcore or (has_adapter and not tuner.merge_lora)
+    if needs_model and config.model.model is None:
+        raise ValueError(
+            "--test_convert_precision true needs --model: the Hugging Face model to compare with"
+        )
+    if to_mcore and has_adapter and (tuner.merge_lora or tuner.mcore_adapter):
+        raise ValueError(
+            "--test_convert_precision true: there is no Hugging Face model to compare the result "
+            "with; convert to Hugging Face first (--to_hf true)"
+        )
 
 
 def _check_sections(config: SftConfig | ExportConfig) -> None:
@@ -88,11 +108,12 @@ def _check_tuner(tuner: TunerConfig) -> None:
         if tuner.lora_dropout == 1:
             raise ValueError("--lora_dropout 1.0 must be below 1: nothing would be learnt")
         return
-    if tuner.adapters:
-        raise ValueError(
-            f"--adapters {spell(tuner.adapters)} needs --tuner_type lora; to train all weights, "
-            "merge it first (megatron export) and give the result as --model"
-        )
+    for flag, given in (("adapters", tuner.adapters), ("mcore_adapter", tuner.mcore_adapter)):
+        if given:
+            raise ValueError(
+                f"--{flag} {spell(given)} needs --tuner_type lora; to train all weights, "
+                "merge it first (megatron export) and give the result as --model"
+            )
     if tuner.modules_to_save:
         raise ValueError(
             f"--modules_to_save {spell(tuner.modules_to_save)} needs --tuner_type lora; full "
@@ -105,6 +126,11 @@ def _check_one_adapter(tuner: TunerConfig) -> None:
         raise ValueError(
             f"--adapters {spell(tuner.adapters)}: give one; merge the others first with "
             "megatron export"
+        )
+    if tuner.adapters and tuner.mcore_adapter:
+        raise ValueError(
+            f"--adapters {spell(tuner.adapters)} and --mcore_adapter {tuner.mcore_adapter}: give "
+            "one of them"
         )
 
 

@@ -1,7 +1,7 @@
 """What `megatron export` converts.
 
-The one thing to know: exactly one of `to_hf` and `to_mcore` is asked for. So far that is `to_hf`
-with an adapter, which is merged into the model or rewritten.
+The one thing to know: exactly one of `to_hf` and `to_mcore` is asked for. What is converted is a
+model, a model with an adapter merged, or an adapter alone; either may come from either format.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ class ExportOptions:
     to_hf: bool = flag(False, "Write Hugging Face safetensors, or a PEFT adapter.")
     to_mcore: bool = flag(False, "Write a Megatron-Core torch_dist checkpoint.")
     test_convert_precision: bool = flag(
-        False, "Compare the model before and after; exit code 1 when they differ."
+        False,
+        "Run both models and compare them layer by layer; exit code 1 when they differ.",
     )
     test_convert_dtype: str = flag(
         "float32", "Precision of that comparison.", choices=("float32", "bfloat16", "float16")

@@ -26,11 +26,7 @@ class Refusal:
 _OFF = (None, False)
 
 LATER: tuple[Refusal, ...] = (
-    Refusal("mcore_adapter", (None,), "torch_dist comes with a later release; use --adapters"),
     Refusal("lora_bias", ("none",), "biases are not trained with an adapter; use none"),
-    Refusal("to_mcore", (False,), "torch_dist comes with a later release; use --to_hf true"),
-    Refusal("test_convert_precision", (False,), "it comes with a later release; use false"),
-    Refusal("mcore_model", (None,), "torch_dist comes with a later release; use --model"),
     Refusal("freeze_llm", (False,), "multimodal models come with a later release; use false"),
     Refusal("freeze_vit", (True,), "multimodal models come with a later release; use true"),
     Refusal("freeze_aligner", (True,), "multimodal models come with a later release; use true"),
@@ -112,7 +108,7 @@ LATER: tuple[Refusal, ...] = (
     Refusal("no_load_rng", (True,), "resuming comes with a later release; use true"),
     Refusal("load_args", (False,), "use --config with the args.json"),
     Refusal("async_save", (False,), "it comes with a later release; use false"),
-    Refusal("save_safetensors", (True,), "torch_dist comes with a later release; use true"),
+    Refusal("save_safetensors", (True,), "use true, and megatron export --to_mcore true later"),
     Refusal("save_missing_weights", (False,), "checkpoints with surplus weights are refused"),
     Refusal("create_checkpoint_symlink", (False,), "it comes with a later release; use false"),
     Refusal("metric_for_best_model", (None,), "it comes with a later release; drop it"),
@@ -138,7 +134,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "fp8_recipe": "only matters with --fp8_format",
     "mtp_loss_scaling_factor": "only matters with --mtp_num_layers",
     "optimizer_offload_fraction": "only matters with --optimizer_cpu_offload true",
-    "test_convert_dtype": "only matters with --test_convert_precision true",
 }
 
 

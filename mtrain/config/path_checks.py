@@ -12,6 +12,7 @@ from pathlib import Path
 from mtrain.config.data import DataConfig
 from mtrain.config.dataset_name import DatasetName
 from mtrain.config.logging import LoggingConfig
+from mtrain.config.model import ModelConfig
 from mtrain.config.run import ExportConfig, SftConfig
 from mtrain.config.tuner import TunerConfig
 
@@ -19,8 +20,10 @@ __all__ = [
     "check_adapters",
     "check_datasets",
     "check_export_dir",
+    "check_mcore_model",
     "check_run_dir",
     "check_trackers",
+    "local_config_folder",
     "local_model_folder",
 ]
 
@@ -43,6 +46,20 @@ def local_model_folder(model: str) -> Path | None:
     raise ValueError(f"--model {model}: no such folder, and not an id such as Qwen/Qwen3-0.6B")
 
 
+def local_config_folder(model: ModelConfig) -> Path | None:
+    """The folder with config.json and tokenizer, or None when they come from a hub.
+
+    A torch_dist folder that has them is enough; `--model` beside it wins.
+
+    Raises:
+        ValueError: `--model` names neither a folder nor an id.
+    """
+    if model.model is not None:
+        return local_model_folder(model.model)
+    assert model.mcore_model is not None, "the checks refuse it"
+    return Path(model.mcore_model).expanduser()
+
+
 def check_datasets(data: DataConfig) -> None:
     """Checks that every dataset is a path that exists or an id on a hub.
 
@@ -61,10 +78,26 @@ def check_adapters(tuner: TunerConfig) -> None:
         ValueError: Naming the flag and the missing path.
     """
     for text in tuner.adapters:
-        path = Path(text).expanduser()
-        if not path.is_dir():
-            what = "is a file; give its folder" if path.exists() else "no such folder"
-            raise ValueError(f"--adapters {text}: {what}")
+        _check_folder("adapters", text)
+    if tuner.mcore_adapter is not None:
+        _check_folder("mcore_adapter", tuner.mcore_adapter)
+
+
+def check_mcore_model(model: ModelConfig) -> None:
+    """The same for a model in Megatron-Core's format.
+
+    Raises:
+        ValueError: Naming the flag and the missing path.
+    """
+    if model.mcore_model is not None:
+        _check_folder("mcore_model", model.mcore_model)
+
+
+def _check_folder(flag: str, text: str) -> None:
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        what = "is a file; give its folder" if path.exists() else "no such folder"
+        raise ValueError(f"--{flag} {text}: {what}")
 
 
 def check_run_dir(config: SftConfig) -> None:
@@ -109,7 +142,12 @@ def _check_output_dir(config: SftConfig | ExportConfig) -> Path:
         raise ValueError(f"--output_dir {output_dir}: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"--output_dir {output_dir}: {nearest} cannot be written to")
-    sources = [("model", config.model.model), *(("adapters", a) for a in config.tuner.adapters)]
+    sources = [
+        ("model", config.model.model),
+        ("mcore_model", config.model.mcore_model),
+        ("mcore_adapter", config.tuner.mcore_adapter),
+        *(("adapters", adapter) for adapter in config.tuner.adapters),
+    ]
     for flag, source in sources:
         if source is not None and output_dir.resolve() == Path(source).expanduser().resolve():
             raise ValueError(

@@ -115,16 +115,22 @@ def resolve_sft(config: SftConfig) -> SftConfig:
 def resolve_export(config: ExportConfig) -> ExportConfig:
     """The same for `megatron export`.
 
-    Afterwards `tuner.merge_lora` is not None, and `checkpoint.output_dir` only where there is no
-    adapter to name it after.
+    Afterwards `tuner.merge_lora` is not None, and `checkpoint.output_dir` only where there is
+    nothing to name it after.
 
     Raises:
         ValueError: `bf16`, `fp16` and `torch_dtype` contradict each other.
     """
     replace = dataclasses.replace
-    checkpoint, adapters = config.checkpoint, config.tuner.adapters
-    if checkpoint.output_dir is None and adapters:
-        checkpoint = replace(checkpoint, output_dir=f"{PurePath(adapters[0])}-hf")
+    checkpoint, tuner, model = config.checkpoint, config.tuner, config.model
+    source = next(iter(tuner.adapters), None) or tuner.mcore_adapter
+    source = source or model.mcore_model or model.model
+    if checkpoint.output_dir is None and source:
+        path = PurePath(source)
+        # A model of a hub is named after its last part; a folder gets a neighbour.
+        target = path if tuner.adapters or tuner.mcore_adapter or model.mcore_model else path.name
+        ending = "mcore" if config.export.to_mcore else "hf"
+        checkpoint = replace(checkpoint, output_dir=f"{target}-{ending}")
     merge_lora = config.tuner.merge_lora is not False
     return replace(
         config,

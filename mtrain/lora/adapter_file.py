@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from mtrain.bridge.load import CheckpointReader, TensorSource
 from mtrain.bridge.plan import Shape, hf_tensors
 from mtrain.bridge.rules import WeightTable
-from mtrain.bridge.safetensors_folder import Checkpoint
 from mtrain.bridge.safetensors_header import read_header
+from mtrain.bridge.safetensors_reader import SafetensorsReader
 from mtrain.bridge.safetensors_writer import SafetensorsWriter
 from mtrain.bridge.save import DTYPE_NAMES
+from mtrain.bridge.sources import TensorSource
+from mtrain.bridge.written import WrittenFile
 from mtrain.lora.fused_experts import ExpertLayout, FusedFactors, fused_factors
 from mtrain.lora.plan import LoraPlan, adapter_table
 
@@ -74,7 +75,7 @@ def write_adapter_file(
     table: WeightTable,
     layout: ExpertLayout,
     dtype: torch.dtype,
-) -> None:
+) -> WrittenFile:
     """Writes the file of an adapter, tensor by tensor, in the order of the model.
 
     Args:
@@ -95,6 +96,7 @@ def write_adapter_file(
         for output in outputs:
             tensor = output.make(lambda name: source.slices(name)[:].to(dtype))
             writer.append(tensor.contiguous().flatten().view(torch.uint8))
+    return writer.written
 
 
 def join_adapter_files(
@@ -104,7 +106,7 @@ def join_adapter_files(
     lora: LoraPlan,
     table: WeightTable,
     layout: ExpertLayout,
-) -> None:
+) -> WrittenFile:
     """Writes one file of what several hold; the bytes do not depend on how they were cut.
 
     Args:
@@ -125,8 +127,10 @@ def join_adapter_files(
     )
     (name,) = {tensor.dtype for _, tensor in stored}
     (dtype,) = (dtype for dtype, its_name in DTYPE_NAMES.items() if its_name == name)
-    with CheckpointReader(Checkpoint(folder=target.parent, tensors=dict(stored))) as source:
-        write_adapter_file(source, target, lora=lora, table=table, layout=layout, dtype=dtype)
+    with SafetensorsReader(dict(stored)) as source:
+        return write_adapter_file(
+            source, target, lora=lora, table=table, layout=layout, dtype=dtype
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

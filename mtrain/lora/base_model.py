@@ -25,6 +25,26 @@ def base_model(fingerprint: str) -> dict[str, Any]:
     return {_KEY: fingerprint}
 
 
+def read_base_model(folder: Path) -> str | None:
+    """The fingerprint that a folder has; None where it has none.
+
+    Args:
+        folder: Folder of an adapter, or of a model that was converted from another format.
+
+    Raises:
+        ValueError: The file is not sound.
+    """
+    path = folder / BASE_FILE
+    if not path.is_file():
+        return None
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path}: larger than {_MAX_BYTES} bytes")
+    stored = parse_json(path.read_bytes(), source=path).get(_KEY)
+    if not isinstance(stored, str):
+        raise ValueError(f"{path}: has no {_KEY!r}")
+    return stored
+
+
 def check_base_model(folder: Path, fingerprint: str, *, named: str | None) -> None:
     """Refuses an adapter of another model; one that does not say on which it was trained passes.
 
@@ -36,12 +56,7 @@ def check_base_model(folder: Path, fingerprint: str, *, named: str | None) -> No
     Raises:
         ValueError: It was trained on another model, or the file is not sound.
     """
-    path = folder / BASE_FILE
-    if not path.is_file():
-        return
-    if path.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"{path}: larger than {_MAX_BYTES} bytes")
-    if parse_json(path.read_bytes(), source=path).get(_KEY) != fingerprint:
+    if read_base_model(folder) not in (None, fingerprint):
         raise ValueError(
             f"{folder}: trained on another model than --model; its own was called {named!r}. Use "
             f"that one, or delete {BASE_FILE} if the adapter is meant for both"

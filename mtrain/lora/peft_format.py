@@ -7,14 +7,16 @@ only the scale is taken, and its ranks must agree.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtrain.bridge.rules import Rule, WeightTable, filled, layers_of
-from mtrain.bridge.safetensors_header import StoredTensor, read_header
+from mtrain.bridge.safetensors_header import read_header
+from mtrain.bridge.sources import StoredShape
 from mtrain.lora.adapter_settings import AdapterSettings, read_settings, scale_ratio
 from mtrain.lora.fused_experts import FusedFactors
 from mtrain.lora.plan import PEFT_PREFIX, AdaptedLinear, Adapter, LoraPlan, module_name, module_of
@@ -26,7 +28,7 @@ from mtrain.lora.stored_factors import (
 )
 
 if TYPE_CHECKING:
-    from mtrain.bridge.load import TensorSource
+    from mtrain.bridge.sources import TensorSource
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -47,6 +49,7 @@ class StoredAdapter:
         dropout: Dropout that it was trained with.
         dtype: The widest dtype of its tensors, e.g. "bfloat16".
         fused: Factors of all experts at once in its file.
+        source: Opens what holds its tensors.
     """
 
     folder: Path
@@ -56,14 +59,11 @@ class StoredAdapter:
     dropout: float
     dtype: str
     fused: tuple[FusedFactors, ...] = ()
+    source: Callable[[Sequence[FusedFactors]], AbstractContextManager[TensorSource]]
 
-    @contextmanager
-    def open(self) -> Iterator[TensorSource]:
+    def open(self) -> AbstractContextManager[TensorSource]:
         """Gives its tensors by their canonical names, one linear an expert; read when asked for."""
-        from mtrain.lora.adapter_file import AdapterReader
-
-        with AdapterReader(self.folder / WEIGHTS_FILE, self.fused) as reader:
-            yield reader
+        return self.source(self.fused)
 
 
 def read_adapter(folder: Path, table: WeightTable) -> StoredAdapter:
@@ -76,9 +76,42 @@ def read_adapter(folder: Path, table: WeightTable) -> StoredAdapter:
     Raises:
         ValueError: It is not sound, does not fit the model, or needs what is not built.
     """
+    from mtrain.lora.adapter_file import AdapterReader
+
     settings = read_settings(folder)
     path = _weights_file(folder)
-    tensors = read_header(path)
+    return stored_adapter(
+        read_header(path),
+        table,
+        folder=folder,
+        path=path,
+        settings=settings,
+        source=functools.partial(AdapterReader, path),
+    )
+
+
+def stored_adapter(
+    tensors: Mapping[str, StoredShape],
+    table: WeightTable,
+    *,
+    folder: Path,
+    path: Path,
+    settings: AdapterSettings,
+    source: Callable[[Sequence[FusedFactors]], AbstractContextManager[TensorSource]],
+) -> StoredAdapter:
+    """Finds out what an adapter adapts from the names and shapes of its tensors.
+
+    Args:
+        tensors: The tensors by PEFT's names.
+        table: Weights of the model that it is for.
+        folder: Its folder.
+        path: The file that describes its tensors, for messages.
+        settings: What its config says.
+        source: Opens what holds its tensors.
+
+    Raises:
+        ValueError: It is not sound, does not fit the model, or needs what is not built.
+    """
     try:
         _check_kinds(tensors)
         fused = find_fused(tensors, table)
@@ -105,6 +138,7 @@ def read_adapter(folder: Path, table: WeightTable) -> StoredAdapter:
         dropout=settings.dropout,
         dtype=_widest_dtype(tensors),
         fused=tuple(fused),
+        source=source,
     )
 
 
@@ -121,7 +155,7 @@ def _weights_file(folder: Path) -> Path:
     raise ValueError(f"{folder}: has no {WEIGHTS_FILE}{found}")
 
 
-def _check_kinds(tensors: Mapping[str, StoredTensor]) -> None:
+def _check_kinds(tensors: Mapping[str, StoredShape]) -> None:
     for name, tensor in tensors.items():
         if "lora_magnitude_vector" in name:
             raise ValueError(f"{name}: DoRA is not built")
@@ -129,7 +163,7 @@ def _check_kinds(tensors: Mapping[str, StoredTensor]) -> None:
             raise ValueError(f"{name} is {tensor.dtype}; quantised adapters are not built")
 
 
-def _widest_dtype(tensors: Mapping[str, StoredTensor]) -> str:
+def _widest_dtype(tensors: Mapping[str, StoredShape]) -> str:
     found = {tensor.dtype for tensor in tensors.values()}
     if found == {"F16", "BF16"}:
         return "float32"
@@ -137,7 +171,7 @@ def _widest_dtype(tensors: Mapping[str, StoredTensor]) -> str:
 
 
 def _copied_embeddings(
-    tensors: Mapping[str, StoredTensor], projections: Sequence[StoredProjection]
+    tensors: Mapping[str, StoredShape], projections: Sequence[StoredProjection]
 ) -> set[str]:
     """Base weights that PEFT stores beside an adapter of the embedding or the output layer."""
     weights = [
@@ -154,7 +188,7 @@ def _copied_embeddings(
 
 
 def _modules_to_save(
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, StoredShape],
     left: set[str],
     table: WeightTable,
     settings: AdapterSettings,
@@ -199,7 +233,7 @@ def _saved_names(rule: Rule) -> Iterator[str]:
 def _check_saved(
     there: Sequence[str],
     shapes: Mapping[str, tuple[int, ...]],
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, StoredShape],
     settings: AdapterSettings,
 ) -> None:
     """Checks the weights of one parameter that are stored whole."""

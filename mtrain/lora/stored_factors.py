@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 from mtrain.bridge.rules import HFTensor, Rule, WeightTable, filled, layers_of
-from mtrain.bridge.safetensors_header import StoredTensor
+from mtrain.bridge.sources import StoredShape
 from mtrain.lora.adapter_settings import MAX_RANK, AdapterSettings
 from mtrain.lora.fused_experts import (
     FusedFactors,
@@ -24,7 +24,7 @@ from mtrain.lora.fused_experts import (
 )
 from mtrain.lora.plan import factor_names, module_name
 
-Tensors = Mapping[str, StoredTensor]
+Tensors = Mapping[str, StoredShape]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 import torch
 
 from mtrain.bridge.gather import TensorLookup
-from mtrain.bridge.load import TensorSource, fill_tensors
+from mtrain.bridge.load import fill_tensors
 from mtrain.bridge.plan import Backend, Shape, hf_tensors, plan_rank
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.save import lookup_in
 from mtrain.bridge.slices import tensors_by_name
+from mtrain.bridge.sources import TensorSource
 from mtrain.lora.plan import LoraPlan, adapter_table
 from mtrain.parallel import ParallelState
 

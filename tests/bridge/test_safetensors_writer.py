@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from xxhash import xxh3_128
 
 from mtrain.bridge.safetensors_writer import SafetensorsWriter
+from mtrain.bridge.written import record_file
 
 TENSORS = [("b", "F32", (2, 3)), ("a", "F32", (4,))]
 
@@ -50,3 +54,19 @@ def test_an_existing_file_is_not_overwritten(tmp_path):
 def test_an_error_inside_is_not_hidden_by_the_missing_bytes(tmp_path):
     with pytest.raises(KeyError), SafetensorsWriter(tmp_path / "x", TENSORS):
         raise KeyError
+
+
+def test_the_record_is_that_of_the_file_on_disk(tmp_path):
+    """T21: hashed on the way; parts may end one tensor and begin another."""
+    values = torch.arange(10.0)
+    with SafetensorsWriter(tmp_path / "ours", TENSORS) as writer:
+        for part in as_bytes(values).split(7):
+            writer.append(part)
+        with pytest.raises(AssertionError, match="not complete yet"):
+            _ = writer.written
+    written = writer.written
+    assert replace(written, tensors={}) == record_file(tmp_path, tmp_path / "ours")
+    assert {name: tensor.digest for name, tensor in written.tensors.items()} == {
+        "b": xxh3_128(values[:6].numpy()).hexdigest(),
+        "a": xxh3_128(values[6:].numpy()).hexdigest(),
+    }

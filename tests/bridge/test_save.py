@@ -2,17 +2,20 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from xxhash import xxh3_128
 
 from mtrain.bridge.file_plan import plan_files
 from mtrain.bridge.plan import weight_table
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.save import lookup_in, save_weights
 from mtrain.bridge.slices import tensors_by_name
+from mtrain.bridge.written import record_file
 from mtrain.parallel import ParallelLayout
 from tests.megatron import load_model, read_config
 from tests.ranks import run_ranks
@@ -70,7 +73,7 @@ def digest(chunks):
 def load_and_save(state, source, target, max_shard_size, bucket_bytes, dtype=torch.float32):
     chunks = load_model(state, source, dtype=dtype)
     before = digest(chunks)
-    names = save_weights(
+    written = save_weights(
         lookup_in(tensors_by_name(chunks)),
         target,
         table=weight_table(read_config(source)),
@@ -81,7 +84,7 @@ def load_and_save(state, source, target, max_shard_size, bucket_bytes, dtype=tor
         bucket_bytes=bucket_bytes,
     )
     assert digest(chunks) == before, "saving changed live weights"
-    return names
+    return written
 
 
 def tensors_of(folder: Path):
@@ -108,15 +111,29 @@ def test_load_then_save_gives_the_same_bytes(checkpoints, tmp_path, name, sizes)
     source = checkpoints(name)
     answers = run_ranks(ParallelLayout(**sizes), load_and_save, source, tmp_path, 150_000, 10_000)
     assert_same_tensors(tmp_path, source)
-    assert set(answers) == {answers[0]}
-    assert sorted(answers[0]) == sorted(path.name for path in tmp_path.iterdir())
+    written = [file for files in answers for file in files]
+    assert sorted(file.name for file in written) == sorted(path.name for path in tmp_path.iterdir())
     assert open_checkpoint(tmp_path).notes == ()
+
+
+def test_the_files_that_a_rank_wrote_are_recorded_with_their_hashes(checkpoints, tmp_path):
+    """T21: without a second look at the files."""
+    layout = ParallelLayout(world_size=4, tp_size=2, ep_size=2)
+    source = checkpoints("qwen3_moe_mixed")
+    answers = run_ranks(layout, load_and_save, source, tmp_path, 150_000, 10_000)
+    assert "model.safetensors.index.json" in {file.name for file in answers[0]}
+    for file in (file for files in answers for file in files):
+        assert replace(file, tensors={}) == record_file(tmp_path, tmp_path / file.name)
+        stored = load_file(tmp_path / file.name) if file.tensors else {}
+        assert {name: tensor.digest for name, tensor in file.tensors.items()} == {
+            name: xxh3_128(tensor.numpy()).hexdigest() for name, tensor in stored.items()
+        }
 
 
 def test_one_file_needs_no_index(checkpoints, tmp_path):
     source = checkpoints("qwen3_moe_mixed")
-    (names,) = run_ranks(ParallelLayout(), load_and_save, source, tmp_path, 10**9, 10**9)
-    assert names == ("model.safetensors",)
+    ((file,),) = run_ranks(ParallelLayout(), load_and_save, source, tmp_path, 10**9, 10**9)
+    assert file.name == "model.safetensors"
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     assert_same_tensors(tmp_path, source)
 

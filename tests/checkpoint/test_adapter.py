@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mtrain.bridge.plan import hf_tensors
 from mtrain.checkpoint.adapter import AdapterFormat, export_adapter, save_adapter
@@ -12,6 +13,7 @@ from mtrain.lora.peft_format import read_adapter
 from mtrain.lora.plan import LoraPlan, adapter_table
 from mtrain.lora.weights import adapter_lookup
 from mtrain.parallel import ParallelLayout, ParallelState
+from mtrain.verify.files import check_files
 from tests.adapters import attached
 from tests.lora.peft_folders import load_with_peft, random_values, table_of, uniform_plan
 from tests.ranks import run_ranks
@@ -97,6 +99,7 @@ def test_a_saved_adapter_is_one_file_with_what_belongs_to_it(saved, source):
         "adapter_config.json",
         "base_model.json",
         "args.json",
+        "manifest.json",
         "tokenizer.json",
         "chat_template.jinja",
         "generation_config.json",
@@ -105,6 +108,16 @@ def test_a_saved_adapter_is_one_file_with_what_belongs_to_it(saved, source):
     config = json.loads((saved / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/name"
     assert (saved.parent / "latest_checkpointed_iteration.txt").read_text() == "5\n"
+
+
+def test_the_manifest_of_an_adapter_lists_what_is_there_and_its_base(saved, source):
+    """T21: the parts that ranks wrote are not in it."""
+    assert check_files(saved) == []
+    manifest = json.loads((saved / "manifest.json").read_text())
+    assert set(manifest["files"]) == set(bytes_of(saved)) - {"manifest.json"}
+    assert set(manifest["tensors"]) == set(load_file(saved / "adapter_model.safetensors"))
+    form = form_of(source)
+    assert manifest["source"] == {"model": str(source), "base fingerprint": form.fingerprint}
 
 
 def test_a_saved_adapter_loads_in_peft_and_here(saved, source):

@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mtrain.bridge.written import WrittenFile, record_file
 from mtrain.checkpoint.folder import (
     LATEST_FILE,
     Retention,
@@ -17,6 +19,7 @@ from mtrain.checkpoint.folder import (
     latest_checkpoint,
     list_checkpoints,
     publish_checkpoint,
+    publish_folder,
     write_atomically,
 )
 from mtrain.parallel import ParallelLayout, ParallelState
@@ -65,11 +68,11 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         assert message.endswith("cannot be made: Not a directory")
 
 
-def writer(state: ParallelState, size: int = 8) -> Callable[[Path], list[Path]]:
-    def write(folder: Path) -> list[Path]:
+def writer(state: ParallelState, size: int = 8) -> Callable[[Path], list[WrittenFile]]:
+    def write(folder: Path) -> list[WrittenFile]:
         path = folder / f"rank-{state.rank}.bin"
         path.write_bytes(bytes(size))
-        return [path]
+        return [record_file(folder, path)]
 
     return write
 
@@ -86,6 +89,7 @@ def publish(
             state=state,
             num_bytes=changes.get("num_bytes", 16),
             retention=retention,
+            source={"model": f"seen by rank {state.rank}"},
         )
     return sorted(path.name for path in run.iterdir())
 
@@ -95,6 +99,7 @@ def test_a_checkpoint_holds_the_files_of_all_ranks_and_is_the_latest(tmp_path):
         assert names == ["checkpoint-10", "checkpoint-2", LATEST_FILE]
     for name in ("checkpoint-2", "checkpoint-10"):
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == [
+            "manifest.json",
             "rank-0.bin",
             "rank-1.bin",
         ]
@@ -164,7 +169,9 @@ def killed_saves(state: ParallelState, output_dir: Path) -> int:
         assert latest_checkpoint(run) in complete[-2:]
         assert {path.name for path in complete} >= {"checkpoint-2"}
         for checkpoint in complete:
-            assert [path.name for path in checkpoint.iterdir()] == ["rank-0.bin"]
+            names = sorted(path.name for path in checkpoint.iterdir())
+            assert names == ["manifest.json", "rank-0.bin"]
+            json.loads((checkpoint / "manifest.json").read_text())
         publish(state, run, [4], limit=2)
         assert latest_checkpoint(run).name == "checkpoint-4"
         if not died:
@@ -226,9 +233,50 @@ def test_a_folder_with_files_is_not_overwritten_but_an_empty_one_is_taken(tmp_pa
     """T04."""
     (tmp_path / "checkpoint-1").mkdir()
     run_ranks(TWO, publish, tmp_path, [1])
-    assert len(list((tmp_path / "checkpoint-1").iterdir())) == 2
+    assert len(list((tmp_path / "checkpoint-1").iterdir())) == 3
     for message in run_ranks(TWO, save_again, tmp_path):
         assert "it exists already and will not be overwritten" in message
+
+
+def test_the_manifest_lists_the_files_of_all_ranks_and_what_they_were_made_from(tmp_path):
+    """T21."""
+    run_ranks(TWO, publish, tmp_path, [1])
+    manifest = json.loads((tmp_path / "checkpoint-1" / "manifest.json").read_text())
+    assert list(manifest["files"]) == ["rank-0.bin", "rank-1.bin"]
+    assert manifest["source"] == {"model": "seen by rank 0"}
+
+
+def publish_into(state: ParallelState, folder: Path, die_after: int | None) -> None:
+    patch = pytest.MonkeyPatch()
+    names: list[str] = []
+
+    def replaced(path: Path, target: Path) -> None:
+        if len(names) == die_after:
+            raise Killed
+        names.append(target.name)
+        os.replace(path, target)
+
+    patch.setattr(Path, "replace", replaced)
+    try:
+        publish_folder(folder, writer(state), state=state, num_bytes=0, source={}, exist_ok=True)
+    except Killed:
+        assert die_after is not None
+    else:
+        assert names == ["rank-0.bin", "manifest.json"]
+    finally:
+        patch.undo()
+
+
+def test_a_folder_that_is_written_anew_has_no_manifest_until_it_is_complete(tmp_path):
+    for die_after in (0, 1, None):
+        folder = tmp_path / str(die_after)
+        folder.mkdir()
+        for name in ("manifest.json", "model.safetensors", "notes.txt"):
+            (folder / name).write_text("old")
+        run_ranks(ONE, publish_into, folder, die_after)
+        assert (folder / "manifest.json").exists() == (die_after is None)
+        assert not (folder / "model.safetensors").exists()
+        assert (folder / "notes.txt").read_text() == "old"
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(1, {4}), (2, {3, 4}), (9, {1, 2, 3, 4})])

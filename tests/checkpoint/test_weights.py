@@ -7,11 +7,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.save import lookup_in
 from mtrain.bridge.slices import tensors_by_name
 from mtrain.checkpoint.folder import SaveError
 from mtrain.checkpoint.weights import WeightsFormat, save_checkpoint
 from mtrain.parallel import ParallelLayout, ParallelState
+from mtrain.verify.compare import compare_checkpoints
+from mtrain.verify.files import check_files
 from tests.megatron import load_model, read_config
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
@@ -71,6 +74,21 @@ def test_a_saved_folder_is_a_hugging_face_checkpoint(source, tmp_path, layout):
     weights = model.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
     assert json.loads((folder / "args.json").read_text()) == {"lr": 1e-5, "model": "模型"}
+
+
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"pp_size": 2}], ids=["tp2", "pp2"])
+def test_the_manifest_of_several_ranks_is_that_of_what_is_on_disk(source, tmp_path, sizes):
+    """T21: and the tensors are those of the source, in other files."""
+    layout = ParallelLayout(world_size=2, **sizes)
+    folder = run_ranks(layout, save, source, tmp_path, torch.float32)[0]
+    assert check_files(folder) == []
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(manifest["files"]) == files - {"manifest.json"}
+    assert manifest["source"] == {"model": str(source)}
+    assert set(manifest["tensors"]) == set(load_file(source / "model.safetensors"))
+    found = compare_checkpoints(open_checkpoint(source), open_checkpoint(folder))
+    assert {result.verdict for result in found} == {"equal"}
 
 
 def test_everything_beside_the_weights_is_copied_but_no_code(source, tmp_path):

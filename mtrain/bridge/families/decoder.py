@@ -354,5 +354,8 @@ def _moe_config(experts: Experts, *, num_layers: int) -> dict[str, Any]:
         # Softmax over the chosen experts alone gives weights that sum to one; softmax over all of
         # them before choosing does not.
         "moe_router_pre_softmax": not experts.renormalises,
-        "moe_layer_freq": [int(layer in experts.layers) for layer in range(num_layers)],
+        # A list makes Megatron-Core's checkpoints have a name for each layer instead of an axis.
+        "moe_layer_freq": 1
+        if len(experts.layers) == num_layers
+        else [int(layer in experts.layers) for layer in range(num_layers)],
     }

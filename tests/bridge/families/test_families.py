@@ -139,7 +139,7 @@ def test_renormalised_experts_choose_before_the_softmax():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, [1, 1, 1, 1]),
+        ({}, 1),
         ({"decoder_sparse_step": 2}, [0, 1, 0, 1]),
         ({"mlp_only_layers": [0, 3]}, [0, 1, 1, 0]),
         ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, [0, 0, 0, 1]),

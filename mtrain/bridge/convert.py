@@ -1,0 +1,133 @@
+"""Writes weights from any source as safetensors files, without a model and without collectives.
+
+The one thing to know: every file is written by one rank, in blocks of rows that are read when they
+are needed. What is in the files does not depend on the number of ranks, and memory does not depend
+on the size of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mtrain.bridge.file_plan import cut_by_size, file_name
+from mtrain.bridge.plan import Shape
+from mtrain.bridge.safetensors_folder import INDEX_FILE, WEIGHTS_STEM
+from mtrain.bridge.safetensors_header import tensor_bytes
+from mtrain.bridge.safetensors_writer import SafetensorsWriter
+from mtrain.bridge.sources import StoredShape, StoredWeights, TensorSource
+from mtrain.bridge.written import WrittenFile, record_file
+
+_BLOCK_BYTES = 32 * 2**20
+_MAX_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """A file to write: its name, and name, dtype and shape of its tensors."""
+
+    name: str
+    entries: tuple[tuple[str, str, Shape], ...]
+    num_bytes: int
+
+
+def write_weights(
+    weights: StoredWeights,
+    folder: Path,
+    *,
+    max_shard_size: int,
+    rank: int,
+    world_size: int,
+    stem: str = WEIGHTS_STEM,
+) -> list[WrittenFile]:
+    """Writes the files of this rank; all ranks together write all tensors.
+
+    Args:
+        weights: What to write, in its dtypes and its order.
+        folder: An existing folder without weight files.
+        max_shard_size: Most bytes of tensors in a file; a larger tensor has a file for itself.
+        rank: This rank.
+        world_size: Ranks that share the work.
+        stem: How the names of the files begin.
+
+    Returns:
+        The files of this rank, the index among those of the first.
+
+    Raises:
+        OSError: A file could not be written.
+    """
+    shares = _plan(weights.tensors, max_shard_size=max_shard_size, stem=stem)
+    mine = _of_rank(shares, rank=rank, world_size=world_size)
+    with weights.open() as source, ThreadPoolExecutor(num_threads()) as threads:
+        written = list(threads.map(lambda share: _write(share, source, folder), mine))
+    if rank == 0 and len(shares) > 1:
+        written.append(_write_index(folder, shares))
+    return written
+
+
+def num_threads() -> int:
+    """Threads of a rank that read, convert and write; its share of the machine's cores."""
+    return max(1, min(_MAX_THREADS, torch.get_num_threads()))
+
+
+def row_blocks(shape: Shape, *, itemsize: int) -> Iterator[tuple[int, int]]:
+    """First row and the one after the last of blocks of bounded size; at least a row each."""
+    num_rows = shape[0]
+    row_bytes = max(1, tensor_bytes("U8", shape[1:]) * itemsize)
+    step = max(1, _BLOCK_BYTES // row_bytes)
+    for start in range(0, num_rows, step):
+        yield start, min(start + step, num_rows)
+
+
+def _plan(
+    tensors: Mapping[str, StoredShape], *, max_shard_size: int, stem: str
+) -> tuple[_Share, ...]:
+    sized = (
+        ((name, tensor.dtype, tensor.shape), tensor_bytes(tensor.dtype, tensor.shape))
+        for name, tensor in tensors.items()
+    )
+    parts = list(cut_by_size(sized, max_size=max_shard_size))
+    return tuple(
+        _Share(file_name(number, len(parts), stem=stem), entries, num_bytes)
+        for number, (entries, num_bytes) in enumerate(parts, start=1)
+    )
+
+
+def _of_rank(shares: Sequence[_Share], *, rank: int, world_size: int) -> list[_Share]:
+    """Each file goes to the rank with the fewest bytes so far."""
+    load = [0] * world_size
+    mine = []
+    for share in shares:
+        writer = load.index(min(load))
+        load[writer] += share.num_bytes
+        if writer == rank:
+            mine.append(share)
+    return mine
+
+
+@torch.no_grad()
+def _write(share: _Share, source: TensorSource, folder: Path) -> WrittenFile:
+    with SafetensorsWriter(folder / share.name, share.entries) as writer:
+        for name, dtype, shape in share.entries:
+            stored = source.slices(name)
+            for start, stop in row_blocks(shape, itemsize=tensor_bytes(dtype, (1,))):
+                part = stored[start:stop].contiguous()
+                assert part.shape == (stop - start, *shape[1:]), f"{name}: {part.shape}"
+                writer.append(part.flatten().view(torch.uint8))
+    return writer.written
+
+
+def _write_index(folder: Path, shares: Sequence[_Share]) -> WrittenFile:
+    weight_map = {name: share.name for share in shares for name, _, _ in share.entries}
+    content = {
+        "metadata": {"total_size": sum(share.num_bytes for share in shares)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    path = folder / INDEX_FILE
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return record_file(folder, path)

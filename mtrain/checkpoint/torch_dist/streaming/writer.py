@@ -1,0 +1,291 @@
+"""Writes a torch_dist checkpoint from any source, in a stream.
+
+The one thing to know: Megatron-Core's `dist_checkpointing.save` is handed tensors without data,
+which it checks and describes in its own files, and a strategy of ours, which makes each chunk when
+it is written. So no rank ever holds more than a chunk for each of its threads, where Megatron-Core
+needs the model in memory. Ranks share the chunks evenly, whatever the parallel layout.
+Source: Megatron-Core's `TorchDistSaveShardedStrategy`; torch.distributed.checkpoint's planners.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    FileSystemWriter,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    save,
+)
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+from xxhash import xxh3_128
+
+from mtrain.bridge.convert import num_threads
+from mtrain.bridge.global_tensors import has_equal_layers
+from mtrain.bridge.rules import WeightTable
+from mtrain.bridge.save import DTYPE_NAMES
+from mtrain.bridge.sources import StoredWeights, TensorSource
+from mtrain.bridge.written import FileHasher, WrittenFile, WrittenTensor
+from mtrain.checkpoint.torch_dist.streaming.units import Unit, plan_units, units_of_rank
+
+_Place = tuple[str, tuple[int, ...]]
+
+
+def save_torch_dist(
+    weights: StoredWeights,
+    folder: Path,
+    *,
+    table: WeightTable,
+    rank: int,
+    world_size: int,
+    iteration: int,
+) -> list[WrittenFile]:
+    """Writes all tensors of a model, or of an adapter, as a torch_dist folder.
+
+    All ranks call it; the process group has to be there.
+
+    Args:
+        weights: Where the tensors come from, with their dtypes.
+        folder: An empty folder.
+        table: What they are.
+        rank: This rank.
+        world_size: Ranks that share the work.
+        iteration: Number of the training step, for Megatron-LM.
+
+    Returns:
+        The data files of this rank; Megatron-Core's own files beside them are not among them.
+
+    Raises:
+        OSError: A rank could not write; on all of them.
+    """
+    units = plan_units(table, weights)
+    mine = units_of_rank(units, rank=rank, world_size=world_size)
+    state_dict: dict[str, Any] = {str(number): unit.sharded() for number, unit in enumerate(mine)}
+    # What Megatron-LM looks for when it loads a checkpoint.
+    state_dict |= {"checkpoint_version": 3.0, "iteration": iteration}
+    with weights.open() as source:
+        strategy = _StreamingStrategy(mine, source)
+        dist_checkpointing.save(
+            state_dict,
+            str(folder),
+            strategy,
+            content_metadata={
+                "singleton_local_shards": False,
+                "non_homogeneous_layers": not has_equal_layers(table),
+            },
+        )
+    return strategy.written
+
+
+class _StreamingStrategy(SaveShardedStrategy):
+    """Writes chunks that are made one by one; Megatron-Core calls `save`."""
+
+    def __init__(self, units: Sequence[Unit], source: TensorSource) -> None:
+        super().__init__("torch_dist", 1)
+        self._units = units
+        self._source = source
+        self.written: list[WrittenFile] = []
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        """There are none."""
+        return True
+
+    def save(self, sharded_state_dict: dict[str, ShardedTensor], checkpoint_dir: str) -> None:
+        """Writes the units that the tensors describe."""
+        tensors = {
+            (tensor.key, tensor.global_offset): tensor for tensor in sharded_state_dict.values()
+        }
+        units = {_place(unit.sharded()): unit for unit in self._units}
+        assert tensors.keys() == units.keys(), "Megatron-Core was handed other tensors"
+        writer = _StreamingWriter(checkpoint_dir)
+        planner = _StreamingPlanner(
+            [_write_item(tensor) for tensor in tensors.values()], units, self._source
+        )
+        try:
+            save({}, storage_writer=writer, planner=planner)
+        except CheckpointException as error:
+            raise OSError(_first_reason(error)) from error
+        self.written = writer.written
+
+
+def _first_reason(error: CheckpointException) -> str:
+    rank, (cause, _) = min(error.failures.items())
+    return f"rank {rank}: {cause}"
+
+
+def _place(tensor: ShardedTensor) -> _Place:
+    return tensor.key, tensor.global_offset
+
+
+def _write_item(tensor: ShardedTensor) -> WriteItem:
+    offsets = torch.Size(tensor.global_offset)
+    sizes = torch.Size([*[1] * tensor.prepend_axis_num, *tensor.local_shape])
+    return WriteItem(
+        index=MetadataIndex(tensor.key, offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes),
+            properties=TensorProperties(dtype=tensor.dtype),
+            size=torch.Size(tensor.global_shape),
+        ),
+    )
+
+
+class _StreamingPlanner(SavePlanner):
+    """Says what this rank writes, and makes it when the writer asks."""
+
+    def __init__(
+        self, items: list[WriteItem], units: dict[_Place, Unit], source: TensorSource
+    ) -> None:
+        self._items = items
+        self._units = units
+        self._source = source
+
+    def set_up_planner(
+        self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False
+    ) -> None:
+        """Nothing to do: the items are there."""
+
+    def create_local_plan(self) -> SavePlan:
+        """What this rank writes."""
+        return SavePlan(self._items)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """What all ranks write; that chunks cover all was checked by Megatron-Core."""
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """The plan as it is."""
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        """Makes the chunk of an item."""
+        index = write_item.index
+        return self._units[index.fqn, tuple(index.offset)].make(self._source)
+
+
+class _StreamingWriter(FileSystemWriter):
+    """A file for each thread, written item by item; torch's own keeps what it wrote in memory."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, sync_files=True)
+        self.written: list[WrittenFile] = []
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Writes the items of this rank."""
+        prefix = plan.storage_data.prefix
+        parts = [part for part in _evenly(plan.items, num_threads()) if part]
+        names = [f"{prefix}{number}.distcp" for number in range(len(parts))]
+        with ThreadPoolExecutor(max(1, len(parts))) as threads:
+            done = threads.map(self._write_file, names, parts, [planner] * len(parts))
+            results = []
+            for written, of_file in done:
+                self.written.append(written)
+                results += of_file
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def _write_file(
+        self, name: str, items: Sequence[WriteItem], planner: SavePlanner
+    ) -> tuple[WrittenFile, list[WriteResult]]:
+        results, tensors = [], {}
+        path = Path(self.path) / name
+        with _HashingFile(path) as file:
+            for item in items:
+                tensor = planner.resolve_data(item)
+                offset = file.tell()
+                torch.save(tensor, file)
+                size = file.tell() - offset
+                place = _StorageInfo(name, offset, size)
+                results.append(
+                    WriteResult(index=item.index, size_in_bytes=size, storage_data=place)
+                )
+                tensors[chunk_name(item.index)] = _record(tensor)
+        return replace(file.written, tensors=tensors), results
+
+
+class _HashingFile(io.RawIOBase):
+    """A new file that is hashed while it is written, and on disk when it is left well."""
+
+    def __init__(self, path: Path) -> None:
+        self._hasher = FileHasher(path.name, ())
+        self._file = path.open("xb")
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        with self._file:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def writable(self) -> bool:
+        """It is for writing."""
+        return True
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self._file.tell()
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Appends bytes."""
+        self._hasher.add_header(data)
+        return self._file.write(data)
+
+    @property
+    def written(self) -> WrittenFile:
+        """The record of the file, without its tensors."""
+        return self._hasher.result()
+
+
+def _record(tensor: torch.Tensor) -> WrittenTensor:
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return WrittenTensor(
+        dtype=DTYPE_NAMES[tensor.dtype],
+        shape=tuple(tensor.shape),
+        digest=xxh3_128(data).hexdigest(),
+    )
+
+
+def chunk_name(index: MetadataIndex) -> str:
+    """How a manifest calls a chunk: the key and where the chunk begins."""
+    return f"{index.fqn}[{','.join(map(str, index.offset))}]"
+
+
+def _num_bytes(item: WriteItem) -> int:
+    data = item.tensor_data
+    return prod(data.chunk.sizes) * data.properties.dtype.itemsize
+
+
+def _evenly(items: Sequence[WriteItem], num_parts: int) -> list[list[WriteItem]]:
+    """Runs of consecutive items with about as many bytes each."""
+    sizes = [_num_bytes(item) for item in items]
+    total, before = max(1, sum(sizes)), 0
+    parts: list[list[WriteItem]] = [[] for _ in range(num_parts)]
+    for item, size in zip(items, sizes, strict=True):
+        parts[int((before + size / 2) * num_parts / total)].append(item)
+        before += size
+    return parts

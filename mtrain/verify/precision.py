@@ -1,0 +1,292 @@
+"""Two runs of one model compared, layer by layer, and the verdict.
+
+The one thing to know: every figure is taken of a token first, and differences are relative to the
+largest number of that token's own vector. Real models have tokens with numbers a thousand times
+those of others; relative to the largest of all, nothing else would ever depart.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from mtrain.verify.texts import TokenText
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOutputs:
+    """What a model makes of one text.
+
+    Attributes:
+        hidden_states: float32 [layers, tokens, hidden], after each decoder layer; the last is
+            before the final norm.
+        logits: float32 [tokens, vocab].
+    """
+
+    hidden_states: torch.Tensor
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """What passes; None where a figure does not count.
+
+    Attributes:
+        max_relative: Upper bound of the relative difference of every token.
+        min_cosine: Lower bound of the mean cosine.
+        min_top1: Lower bound of the top-1 agreement.
+        max_kl: Upper bound of the mean divergence.
+    """
+
+    max_relative: float | None
+    min_cosine: float | None
+    min_top1: float
+    max_kl: float | None
+
+    def passed(self, row: "PrecisionRow") -> bool:
+        """Whether a row is within all bounds; NaN is within none."""
+        bounds = [
+            self.max_relative is None or row.max_relative <= self.max_relative,
+            self.min_cosine is None or row.mean_cosine >= self.min_cosine,
+            row.top1_agreement is None or row.top1_agreement >= self.min_top1,
+            self.max_kl is None or row.mean_kl is None or row.mean_kl <= self.max_kl,
+            math.isfinite(row.mean_difference),
+        ]
+        return all(bounds)
+
+
+# Half precision rounds after every operation, in another order in each implementation, and a router
+# near a tie then chooses another expert; so its bounds are on means.
+_HALF = Thresholds(max_relative=None, min_cosine=0.999, min_top1=0.9, max_kl=0.02)
+THRESHOLDS: dict[torch.dtype, Thresholds] = {
+    torch.float32: Thresholds(max_relative=1e-3, min_cosine=None, min_top1=1.0, max_kl=None),
+    torch.bfloat16: _HALF,
+    torch.float16: _HALF,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionRow:
+    """Figures of one layer or of the logits, over the tokens of all texts.
+
+    Attributes:
+        name: "layer 0" (after the first decoder layer), ..., "logits".
+        with_loss_mask: Whether only positions with a loss count.
+        mean_difference: Mean absolute difference.
+        max_difference: Largest absolute difference.
+        max_relative: Largest difference of a token, relative to the largest number of its vector.
+        mean_cosine: Mean over tokens.
+        min_cosine: The lowest of a token.
+        departed: Share of tokens that are out of bounds on their own.
+        top1_agreement: Logits: share of tokens whose likeliest word in Megatron has the highest
+            logit of Hugging Face, which several words may share.
+        mean_kl: Logits: mean divergence KL(Hugging Face || Megatron), in nats.
+    """
+
+    name: str
+    with_loss_mask: bool
+    mean_difference: float
+    max_difference: float
+    max_relative: float
+    mean_cosine: float
+    min_cosine: float
+    departed: float
+    top1_agreement: float | None = None
+    mean_kl: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionReport:
+    """The result of a precision test.
+
+    Attributes:
+        passed: Whether every row is within the thresholds.
+        first_departure: Name of the first row in the order of the model that is not; None if all
+            are.
+        dtype: Name of the dtype, such as "float32".
+        thresholds: What was asked for.
+        num_texts: Texts.
+        num_tokens: Tokens of all texts.
+        num_loss_tokens: Those of them with a loss.
+        rows: First without the loss mask, then with it; in each, layers in order, then logits.
+    """
+
+    passed: bool
+    first_departure: str | None
+    dtype: str
+    thresholds: Thresholds
+    num_texts: int
+    num_tokens: int
+    num_loss_tokens: int
+    rows: tuple[PrecisionRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For precision.json; numbers that are not finite are None."""
+        fields = asdict(self)
+        fields["rows"] = [
+            {name: _finite(value) for name, value in row.items()} for row in fields["rows"]
+        ]
+        return fields
+
+    def table(self) -> list[str]:
+        """Lines to print."""
+        lines = [
+            f"Megatron against Hugging Face in {self.dtype}: {self.num_texts} texts, "
+            f"{self.num_tokens} tokens, {self.num_loss_tokens} of them with a loss",
+            _line("all tokens", _COLUMNS),
+            *(_row_line(row) for row in self.rows if not row.with_loss_mask),
+            _line("with the loss mask", _COLUMNS),
+            *(_row_line(row) for row in self.rows if row.with_loss_mask),
+        ]
+        bounds = ", ".join(
+            f"{name} {value:g}" for name, value in asdict(self.thresholds).items() if value
+        )
+        if self.passed:
+            return [*lines, f"passed ({bounds})"]
+        return [*lines, f"FAILED ({bounds}); the first that departs: {self.first_departure}"]
+
+
+_COLUMNS = ("mean diff", "max diff", "relative", "cosine", "lowest", "departed", "top-1", "KL")
+
+
+def compare_outputs(
+    megatron: Sequence[ModelOutputs],
+    hugging_face: Sequence[ModelOutputs],
+    texts: Sequence[TokenText],
+    *,
+    dtype: torch.dtype,
+) -> PrecisionReport:
+    """Compares what two models make of the same texts.
+
+    Args:
+        megatron: Outputs of the model under test, one a text.
+        hugging_face: Outputs of the judge, of the same shapes.
+        texts: The texts.
+        dtype: What both were computed in; it says how near they must be.
+
+    Raises:
+        ValueError: The models have another number of layers or other sizes.
+    """
+    for ours, theirs in zip(megatron, hugging_face, strict=True):
+        shapes = [(tuple(o.hidden_states.shape), tuple(o.logits.shape)) for o in (ours, theirs)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"Megatron and Hugging Face give outputs of other sizes: {shapes[0]}, {shapes[1]}"
+            )
+    thresholds = THRESHOLDS[dtype]
+    loss_mask = torch.cat([text.loss_mask for text in texts])
+    figures = _figures(list(zip(megatron, hugging_face, strict=True)))
+    rows = [
+        _row(name, of_tokens, loss_mask if with_loss_mask else None, thresholds)
+        for with_loss_mask in (False, True)
+        for name, of_tokens in figures.items()
+    ]
+    departed = {row.name for row in rows if not thresholds.passed(row)}
+    return PrecisionReport(
+        passed=not departed,
+        first_departure=next((name for name in figures if name in departed), None),
+        dtype=str(dtype).removeprefix("torch."),
+        thresholds=thresholds,
+        num_texts=len(texts),
+        num_tokens=len(loss_mask),
+        num_loss_tokens=int(loss_mask.sum()),
+        rows=tuple(rows),
+    )
+
+
+def _figures(
+    pairs: list[tuple[ModelOutputs, ModelOutputs]],
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Row name -> figure -> [tokens of all texts]."""
+    num_layers = len(pairs[0][0].hidden_states)
+    figures = {
+        f"layer {layer}": _joined(
+            [_distances(a.hidden_states[layer], b.hidden_states[layer]) for a, b in pairs]
+        )
+        for layer in range(num_layers)
+    }
+    figures["logits"] = _joined(
+        [_distances(a.logits, b.logits) | _likeness(a.logits, b.logits) for a, b in pairs]
+    )
+    return figures
+
+
+def _joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _distances(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Figures [tokens] of two tensors [tokens, width]."""
+    difference = (ours - theirs).abs()
+    largest = difference.amax(dim=-1)
+    smallest_number = torch.finfo(torch.float32).tiny
+    return {
+        "mean": difference.mean(dim=-1),
+        "largest": largest,
+        "relative": largest / theirs.abs().amax(dim=-1).clamp(min=smallest_number),
+        "cosine": F.cosine_similarity(ours.double(), theirs.double(), dim=-1),
+    }
+
+
+def _likeness(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Figures [tokens] of logits [tokens, vocab]."""
+    chosen = theirs.gather(-1, ours.argmax(dim=-1, keepdim=True)).squeeze(-1)
+    expected, actual = theirs.double().log_softmax(dim=-1), ours.double().log_softmax(dim=-1)
+    return {
+        "top1": (chosen == theirs.amax(dim=-1)).float(),
+        "kl": (expected.exp() * (expected - actual)).sum(dim=-1),
+    }
+
+
+def _row(
+    name: str,
+    figures: dict[str, torch.Tensor],
+    loss_mask: torch.Tensor | None,
+    thresholds: Thresholds,
+) -> PrecisionRow:
+    if loss_mask is not None:
+        figures = {figure: of_tokens[loss_mask] for figure, of_tokens in figures.items()}
+    # Written so that NaN departs.
+    is_near = torch.ones_like(figures["mean"], dtype=torch.bool)
+    if thresholds.max_relative is not None:
+        is_near &= figures["relative"] <= thresholds.max_relative
+    if thresholds.min_cosine is not None:
+        is_near &= figures["cosine"] >= thresholds.min_cosine
+    return PrecisionRow(
+        name=name,
+        with_loss_mask=loss_mask is not None,
+        mean_difference=figures["mean"].mean().item(),
+        max_difference=figures["largest"].amax().item(),
+        max_relative=figures["relative"].amax().item(),
+        mean_cosine=figures["cosine"].mean().item(),
+        min_cosine=figures["cosine"].amin().item(),
+        departed=1 - is_near.float().mean().item(),
+        top1_agreement=figures["top1"].mean().item() if "top1" in figures else None,
+        mean_kl=figures["kl"].mean().item() if "kl" in figures else None,
+    )
+
+
+def _finite(value: Any) -> Any:
+    is_number = isinstance(value, float)
+    return None if is_number and not math.isfinite(value) else value
+
+
+def _line(name: str, cells: Sequence[str]) -> str:
+    return f"{name:<18}" + "".join(f"{cell:>11}" for cell in cells)
+
+
+def _row_line(row: PrecisionRow) -> str:
+    cells = [
+        f"{row.mean_difference:.2e}",
+        f"{row.max_difference:.2e}",
+        f"{row.max_relative:.2e}",
+        f"{row.mean_cosine:.6f}",
+        f"{row.min_cosine:.6f}",
+        f"{row.departed:.2%}",
+    ]
+    if row.top1_agreement is not None and row.mean_kl is not None:
+        cells += [f"{row.top1_agreement:.2%}", f"{row.mean_kl:.2e}"]
+    return _line(row.name, cells)

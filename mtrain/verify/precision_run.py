@@ -1,0 +1,81 @@
+"""The precision test of a loaded model against its Hugging Face folder, on all ranks.
+
+The one thing to know: the first rank alone reads texts, runs the Hugging Face model and compares;
+what comes out of that, a result or an error, all ranks get.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mtrain.model.gpt import LanguageModel
+from mtrain.parallel import ParallelState
+from mtrain.verify.hf_outputs import hf_outputs
+from mtrain.verify.megatron_outputs import megatron_outputs
+from mtrain.verify.precision import PrecisionReport, compare_outputs
+from mtrain.verify.texts import encode_texts
+
+
+def run_precision_test(
+    chunks: Sequence[LanguageModel],
+    *,
+    state: ParallelState,
+    hf_folder: Path,
+    adapter_folder: Path | None,
+    tokenizer_folder: Path,
+    vocab_size: int,
+    dtype: torch.dtype,
+) -> PrecisionReport:
+    """Compares loaded chunks with the Hugging Face model; every rank calls it.
+
+    Args:
+        chunks: Chunks of this rank, built in `dtype`, in any layout, with or without adapters.
+        state: This rank.
+        hf_folder: The Hugging Face checkpoint to compare with. The first rank loads it into host
+            memory, while the others wait.
+        adapter_folder: A PEFT adapter to put on it; None where chunks have none.
+        tokenizer_folder: Where the tokenizer is, if there is one.
+        vocab_size: Words of the model without padding.
+        dtype: What both models compute in.
+
+    Returns:
+        The same report on every rank.
+
+    Raises:
+        ValueError: On every rank: the Hugging Face model, the adapter or the tokenizer does not
+            load, or is of another size.
+    """
+    assert all(chunk.config.params_dtype == dtype for chunk in chunks)
+    texts = _on_first_rank(lambda: encode_texts(tokenizer_folder, vocab_size=vocab_size), state)
+    ours = megatron_outputs(chunks, texts, state=state)
+
+    def compare() -> PrecisionReport:
+        theirs = hf_outputs(
+            hf_folder, texts, adapter_folder=adapter_folder, dtype=dtype, device=torch.device("cpu")
+        )
+        return compare_outputs(ours, theirs, texts, dtype=dtype)
+
+    return _on_first_rank(compare, state)
+
+
+def _on_first_rank(work: Callable[[], Any], state: ParallelState) -> Any:
+    """What `work` returns on the first rank, on every rank.
+
+    Raises:
+        ValueError: On every rank, what was wrong on the first.
+    """
+    answer: list[Any] = [None, None]
+    if state.is_first_rank:
+        try:
+            answer[0] = work()
+        # What transformers and PEFT raise for folders that they cannot make a model of.
+        except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            answer[1] = f"the precision test cannot be made: {type(error).__name__}: {reason}"
+    dist.broadcast_object_list(answer, src=0, group=state.groups.world, device=state.device)
+    if answer[1] is not None:
+        raise ValueError(answer[1])
+    return answer[0]
