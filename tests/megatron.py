@@ -10,6 +10,7 @@ from mtrain.bridge.families import find_family
 from mtrain.bridge.load import load_weights
 from mtrain.bridge.plan import weight_table
 from mtrain.bridge.safetensors_folder import open_checkpoint
+from mtrain.bridge.sources import StoredWeights
 from mtrain.config import ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
 from mtrain.model.build import build_model, transformer_config
 from mtrain.model.gpt import LanguageModel
@@ -29,8 +30,9 @@ def load_model(
     training: TrainingConfig | None = None,
     moe: MoEConfig | None = None,
     backend: str = "torch",
+    weights: StoredWeights | None = None,
 ) -> list[LanguageModel]:
-    """The chunks of this rank with the weights of a checkpoint."""
+    """The chunks of this rank with the weights of a checkpoint, or with others that fit it."""
     hf_config = read_config(folder)
     described = find_family(hf_config).megatron_config(hf_config)
     layout = state.layout
@@ -47,7 +49,7 @@ def load_model(
     chunks = build_model(described, config, state, backend=backend)
     load_weights(
         chunks,
-        open_checkpoint(folder),
+        weights or open_checkpoint(folder),
         table=weight_table(hf_config),
         layout=layout,
         rank=state.rank,

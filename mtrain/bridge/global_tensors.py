@@ -87,9 +87,8 @@ def global_parameters(table: WeightTable) -> tuple[GlobalParameter, ...]:
 
 def has_equal_layers(table: WeightTable) -> bool:
     """Whether every parameter is in all layers, so that checkpoints stack them."""
-    rules = [rule for rule in table.rules if rule.place == "layers"]
-    names = {rule.megatron for rule in rules}
-    return len(names) == len(rules) and all(len(rule.layers) == table.num_layers for rule in rules)
+    rules = [rule for rule in table.rules if rule.place == "layers" and rule.layers]
+    return all(len(rule.layers) == table.num_layers for rule in rules)
 
 
 def places_by_name(

@@ -163,7 +163,11 @@ def export_torch_dist_model(
             write_json(folder, BASE_FILE, base_model(fingerprint)),
         ]
 
-    to.publish(_torch_dist_writer(weights, table, to.state), finish, num_bytes=_num_bytes(weights))
+    to.publish(
+        _torch_dist_writer(weights, table, to.state, is_model=True),
+        finish,
+        num_bytes=_num_bytes(weights),
+    )
 
 
 def export_torch_dist_adapter(
@@ -195,11 +199,15 @@ def export_torch_dist_adapter(
             write_json(folder, BASE_FILE, base_model(fingerprint)),
         ]
 
-    to.publish(_torch_dist_writer(weights, table, to.state), finish, num_bytes=_num_bytes(weights))
+    to.publish(
+        _torch_dist_writer(weights, table, to.state, is_model=False),
+        finish,
+        num_bytes=_num_bytes(weights),
+    )
 
 
 def _torch_dist_writer(
-    weights: StoredWeights, table: WeightTable, state: ParallelState
+    weights: StoredWeights, table: WeightTable, state: ParallelState, *, is_model: bool
 ) -> Callable[[Path], list[WrittenFile]]:
     def write(folder: Path) -> list[WrittenFile]:
         # Here, not above: it imports Megatron-Core, which other conversions do without.
@@ -216,6 +224,7 @@ def _torch_dist_writer(
                 rank=state.rank,
                 world_size=state.layout.world_size,
                 iteration=FIRST_ITERATION,
+                with_states=is_model,
             )
         ]
 

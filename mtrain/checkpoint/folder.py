@@ -8,7 +8,6 @@ deletes; the other ranks write their files and wait.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
@@ -225,40 +224,23 @@ def publish_folder(
     staged = _agree(final, state, stage)[0]
     assert staged is not None
     try:
-        files = _flushed_by_all(final, state, staged, write)
-        if finish is not None:
-            files += _flushed_by_all(
-                final, state, staged, finish if state.is_first_rank else lambda _: []
-            )
-        complete = functools.partial(_publish, staged, final, files, source)
-        _agree(final, state, lambda: complete() if state.is_first_rank else None)
+        of_ranks = _agree(final, state, lambda: _flushed(staged, write))
+        files = [file for of_rank in of_ranks for file in of_rank]
+
+        def complete() -> None:
+            if state.is_first_rank:
+                made = _flushed(staged, finish) if finish is not None else []
+                _publish(staged, final, [*files, *made], source)
+
+        _agree(final, state, complete)
     except SaveError:
         if state.is_first_rank:
             shutil.rmtree(staged, ignore_errors=True)
         raise
 
 
-def _flushed_by_all(
-    final: Path,
-    state: ParallelState,
-    staged: Path,
-    write: Callable[[Path], Iterable[WrittenFile]],
-) -> list[WrittenFile]:
-    """Records of what all ranks wrote; it is on disk then."""
-
-    def work() -> list[WrittenFile]:
-        files = list(write(staged))
-        for file in files:
-            _fsync(staged / file.name)
-        return files
-
-    return [file for files in _agree(final, state, work) for file in files]
-
-
 def _agree(final: Path, state: ParallelState, work: Callable[[], T]) -> list[T]:
-    """Runs work on this rank, and raises on every rank if it failed on any.
-
-    Its answers are returned in rank order.
+    """Runs work on every rank and returns its answers in rank order; raises if it failed on any.
 
     Errors of the file system and of the user end the save; anything else is a bug and is raised
     where it happened.
@@ -302,6 +284,14 @@ def _stage(final: Path, num_bytes: int) -> Path:
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     return staged
+
+
+def _flushed(staged: Path, write: Callable[[Path], Iterable[WrittenFile]]) -> list[WrittenFile]:
+    """Records of what this rank wrote; it is on disk then."""
+    files = list(write(staged))
+    for file in files:
+        _fsync(staged / file.name)
+    return files
 
 
 def _publish(

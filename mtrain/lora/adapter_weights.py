@@ -1,11 +1,17 @@
-"""An adapter as weights: its tensors by PEFT's names, one linear an expert, whatever stores it."""
+"""An adapter as weights: its tensors by PEFT's names, one linear an expert, whatever stores it.
+
+The one thing to know: files may mix dtypes, here all tensors have the widest of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from mtrain.bridge.converted import ConvertedTensor
 from mtrain.bridge.plan import hf_tensors
@@ -31,9 +37,11 @@ class AdapterWeights:
         """Folder of the adapter."""
         return self.adapter.folder
 
-    def open(self) -> AbstractContextManager[TensorSource]:
+    @contextmanager
+    def open(self) -> Iterator[TensorSource]:
         """Gives the tensors; read when asked for."""
-        return self.adapter.open()
+        with self.adapter.open() as source:
+            yield _WideSource(source, getattr(torch, self.adapter.dtype))
 
 
 def adapter_weights(adapter: StoredAdapter, table: WeightTable) -> AdapterWeights:
@@ -51,3 +59,28 @@ def adapter_weights(adapter: StoredAdapter, table: WeightTable) -> AdapterWeight
             for name, shape in hf_tensors(table).items()
         },
     )
+
+
+class WideSlices:
+    """A stored tensor in a wider dtype, in which all its values are exact.
+
+    Args:
+        stored: The tensor, or something that gives parts of it when it is indexed with slices.
+        dtype: The wider dtype.
+    """
+
+    def __init__(self, stored: Any, dtype: torch.dtype) -> None:
+        self._stored, self._dtype = stored, dtype
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        """The part, widened."""
+        return self._stored[key].to(self._dtype)
+
+
+class _WideSource:
+    def __init__(self, source: TensorSource, dtype: torch.dtype) -> None:
+        self._source, self._dtype = source, dtype
+
+    def slices(self, name: str) -> WideSlices:
+        """An object that gives parts of a tensor when it is indexed with slices."""
+        return WideSlices(self._source.slices(name), self._dtype)

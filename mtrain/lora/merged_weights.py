@@ -19,6 +19,7 @@ import torch
 from mtrain.bridge.converted import ConvertedTensor
 from mtrain.bridge.rules import filled, layers_of
 from mtrain.bridge.sources import StoredShape, StoredWeights, TensorSource
+from mtrain.lora.adapter_weights import WideSlices
 from mtrain.lora.peft_format import StoredAdapter
 from mtrain.lora.plan import PEFT_PREFIX, LoraPlan, factor_names
 
@@ -95,7 +96,7 @@ class _MergedSource:
     def slices(self, name: str) -> Any:
         """An object that gives parts of a tensor when it is indexed with slices."""
         if name in self._merged.saved:
-            return _Wide(self._adapter.slices(PEFT_PREFIX + name))
+            return WideSlices(self._adapter.slices(PEFT_PREFIX + name), torch.float32)
         if name not in self._merged.factors:
             return self._base.slices(name)
         factors = self._merged.factors[name]
@@ -103,17 +104,6 @@ class _MergedSource:
             self._adapter.slices(stored)[:].float() for stored in (factors.a_name, factors.b_name)
         )
         return _MergedSlices(self._base.slices(name), lora_a, lora_b * factors.scale, factors)
-
-
-class _Wide:
-    """A stored tensor in float32."""
-
-    def __init__(self, stored: Any) -> None:
-        self._stored = stored
-
-    def __getitem__(self, key: Any) -> torch.Tensor:
-        """The part, widened."""
-        return self._stored[key].float()
 
 
 class _MergedSlices:

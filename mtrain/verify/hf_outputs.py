@@ -5,6 +5,7 @@ ours, and refused when a weight is missing or left over.
 """
 
 import gc
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +18,25 @@ from mtrain.verify.precision import ModelOutputs
 from mtrain.verify.texts import TokenText
 
 _MAX_NAMED_KEYS = 10
+_ACTIVATION_BYTES = 4 * 2**30
+
+
+def judge_device(folder: Path, *, dtype: torch.dtype, device: torch.device) -> torch.device:
+    """Where the Hugging Face model can run: on a GPU if all of it has room there, else on the CPU.
+
+    Args:
+        folder: A checkpoint.
+        dtype: Dtype of weights and activations.
+        device: The device of this rank, which holds its part of the Megatron model already.
+    """
+    if device.type == "cpu":
+        return device
+    torch.cuda.empty_cache()
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    # Files are of half precision, unless they are larger than what they are loaded to.
+    needed = file_bytes * max(1, dtype.itemsize // 2) + _ACTIVATION_BYTES
+    return device if needed <= free_bytes else torch.device("cpu")
 
 
 @torch.no_grad()
@@ -61,6 +81,7 @@ def hf_outputs(
     del model, layers, adapted
     # PEFT's modules know each other in circles.
     gc.collect()
+    torch.cuda.empty_cache()
     return outputs
 
 
@@ -78,10 +99,13 @@ def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _attach_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
-    config = peft.LoraConfig.from_pretrained(str(folder))
-    adapted = peft.PeftModel(model, config)
-    # What `PeftModel.from_pretrained` does, but it tells what did not fit.
-    found = adapted.load_adapter(str(folder), adapted.active_adapter)
+    with warnings.catch_warnings():
+        # They guess at what does not fit; here the keys say it.
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig.from_pretrained(str(folder))
+        adapted = peft.PeftModel(model, config)
+        # What `PeftModel.from_pretrained` does, but it returns the keys.
+        found = adapted.load_adapter(str(folder), adapted.active_adapter)
     missing = [name for name in found.missing_keys if "lora_" in name]
     _refuse(folder, missing=missing, surplus=found.unexpected_keys)
     return adapted

@@ -10,13 +10,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from mtrain.model.gpt import LanguageModel
 from mtrain.parallel import ParallelState
-from mtrain.verify.hf_outputs import hf_outputs
+from mtrain.verify.hf_outputs import hf_outputs, judge_device
 from mtrain.verify.megatron_outputs import megatron_outputs
 from mtrain.verify.precision import PrecisionReport, compare_outputs
 from mtrain.verify.texts import encode_texts
+
+# What transformers and PEFT raise for folders that they cannot make a model of.
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    ImportError,
+    SafetensorError,
+)
 
 
 def run_precision_test(
@@ -34,8 +46,8 @@ def run_precision_test(
     Args:
         chunks: Chunks of this rank, built in `dtype`, in any layout, with or without adapters.
         state: This rank.
-        hf_folder: The Hugging Face checkpoint to compare with. The first rank loads it into host
-            memory, while the others wait.
+        hf_folder: The Hugging Face checkpoint to compare with. The first rank loads the whole of
+            it, onto its GPU if it has room there, while the others wait.
         adapter_folder: A PEFT adapter to put on it; None where chunks have none.
         tokenizer_folder: Where the tokenizer is, if there is one.
         vocab_size: Words of the model without padding.
@@ -53,8 +65,9 @@ def run_precision_test(
     ours = megatron_outputs(chunks, texts, state=state)
 
     def compare() -> PrecisionReport:
+        device = judge_device(hf_folder, dtype=dtype, device=state.device)
         theirs = hf_outputs(
-            hf_folder, texts, adapter_folder=adapter_folder, dtype=dtype, device=torch.device("cpu")
+            hf_folder, texts, adapter_folder=adapter_folder, dtype=dtype, device=device
         )
         return compare_outputs(ours, theirs, texts, dtype=dtype)
 
@@ -71,8 +84,7 @@ def _on_first_rank(work: Callable[[], Any], state: ParallelState) -> Any:
     if state.is_first_rank:
         try:
             answer[0] = work()
-        # What transformers and PEFT raise for folders that they cannot make a model of.
-        except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError) as error:
+        except _LOADING_ERRORS as error:
             reason = " ".join(str(error).split())
             answer[1] = f"the precision test cannot be made: {type(error).__name__}: {reason}"
     dist.broadcast_object_list(answer, src=0, group=state.groups.world, device=state.device)

@@ -47,7 +47,7 @@ def test_a_local_folder_is_opened_as_it_is(folder) -> None:
     assert source.folder == folder
     assert source.hf_config == json.loads((folder / "config.json").read_text())
     assert source.family.name.startswith("Llama")
-    assert "model.norm.weight" in source.checkpoint.tensors
+    assert "model.norm.weight" in source.weights.tensors
 
 
 def test_a_layout_that_the_model_does_not_divide_into_is_refused(folder) -> None:

@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -235,14 +235,31 @@ def _load(chunk: Chunk, descriptor: int) -> torch.Tensor:
     return tensor
 
 
+def _spellings(parameter: GlobalParameter) -> Iterator[tuple[str, bool]]:
+    """Names that a parameter may have in a checkpoint, and whether each stacks layers.
+
+    Megatron-Core without Transformer Engine stores the norm before experts as if it were fused.
+    """
+    fused = parameter.name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+    for name in dict.fromkeys((parameter.name, fused)):
+        for stacked in (True, False):
+            yield replace(parameter, name=name).key(stacked=stacked), stacked
+
+
+def _find(
+    parameter: GlobalParameter, stored: Mapping[str, GlobalTensor]
+) -> tuple[str, bool] | None:
+    """Name of a parameter in a checkpoint and whether it stacks layers; None if it is not there."""
+    return next((spelling for spelling in _spellings(parameter) if spelling[0] in stored), None)
+
+
 def _stored(
     parameter: GlobalParameter, stored: Mapping[str, GlobalTensor]
 ) -> tuple[GlobalTensor, bool]:
     """A parameter as a checkpoint has it, and whether that stacks layers."""
-    stacked = parameter.key(stacked=True)
-    if stacked in stored:
-        return stored[stacked], True
-    return stored[parameter.key(stacked=False)], False
+    found = _find(parameter, stored)
+    assert found is not None, "opening a checkpoint finds all parameters"
+    return stored[found[0]], found[1]
 
 
 def _box(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
@@ -257,16 +274,15 @@ def _check_parameters(
 ) -> None:
     missing, wrong, used = [], [], set()
     for parameter in parameters:
-        keys = [parameter.key(stacked=stacked) for stacked in (True, False)]
-        found = [key for key in keys if key in stored]
-        used.update(found)
-        if not found:
-            missing.append(keys[1])
+        found = _find(parameter, stored)
+        if found is None:
+            missing.append(parameter.key(stacked=False))
             continue
-        tensor, stacked = _stored(parameter, stored)
-        fault = _wrong_shape(parameter, tensor, stacked)
+        key, stacked = found
+        used.add(key)
+        fault = _wrong_shape(parameter, stored[key], stacked)
         if fault:
-            wrong.append(f"{found[0]} {fault}")
+            wrong.append(f"{key} {fault}")
     surplus = [
         key
         for key in stored

@@ -7,11 +7,11 @@ made from Hugging Face tensors only when it is written. Ranks take runs of conse
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from mtrain.bridge.converted import TORCH_DTYPES
 from mtrain.bridge.global_tensors import GlobalParameter, global_parameters, has_equal_layers
@@ -64,6 +64,30 @@ class Unit:
             prepend_axis_num=len(front),
             allow_shape_mismatch=self.parameter.may_be_padded,
         )
+
+    def empty_states(self) -> list[ShardedObject]:
+        """The states of 8-bit scaling that its linear would have, which Megatron-Core asks for.
+
+        Attention has one too, here beside the projection that comes before it.
+        """
+        module, _, kind = self.parameter.name.rpartition(".")
+        is_linear = kind == "weight" and len(self.shape) == 2 and self.parameter.layer is not None
+        if self.start or not is_linear or module.endswith(".router"):
+            return []
+        modules = [module]
+        if module.endswith(".linear_qkv"):
+            modules.append(f"{module.removesuffix('linear_qkv')}core_attention")
+        front = self.parameter.front(stacked=self.stacked, expert=self.expert) or ((0, 1),)
+        offsets, sizes = zip(*front, strict=True)
+        return [
+            ShardedObject(
+                replace(self.parameter, name=f"{name}._extra_state").key(stacked=self.stacked),
+                None,
+                sizes,
+                offsets,
+            )
+            for name in modules
+        ]
 
     def make(self, source: TensorSource) -> torch.Tensor:
         """Its values, with an axis of one for each that is in front."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from torch.distributed.checkpoint import (
     CheckpointException,
@@ -54,6 +54,16 @@ from mtrain.checkpoint.torch_dist.streaming.units import Unit, plan_units, units
 _Place = tuple[str, tuple[int, ...]]
 
 
+def _empty_state() -> bytes:
+    """An object that is None, as Megatron-Core stores objects."""
+    buffer = io.BytesIO()
+    torch.save([None], buffer)
+    return buffer.getvalue()
+
+
+_EMPTY_STATE = _empty_state()
+
+
 def save_torch_dist(
     weights: StoredWeights,
     folder: Path,
@@ -62,6 +72,7 @@ def save_torch_dist(
     rank: int,
     world_size: int,
     iteration: int,
+    with_states: bool = True,
 ) -> list[WrittenFile]:
     """Writes all tensors of a model, or of an adapter, as a torch_dist folder.
 
@@ -74,6 +85,7 @@ def save_torch_dist(
         rank: This rank.
         world_size: Ranks that share the work.
         iteration: Number of the training step, for Megatron-LM.
+        with_states: Whether to write the empty states that Megatron-Core's loader asks for.
 
     Returns:
         The data files of this rank; Megatron-Core's own files beside them are not among them.
@@ -83,7 +95,10 @@ def save_torch_dist(
     """
     units = plan_units(table, weights)
     mine = units_of_rank(units, rank=rank, world_size=world_size)
-    state_dict: dict[str, Any] = {str(number): unit.sharded() for number, unit in enumerate(mine)}
+    sharded = [unit.sharded() for unit in mine]
+    if with_states:
+        sharded += [state for unit in mine for state in unit.empty_states()]
+    state_dict: dict[str, Any] = {str(number): entry for number, entry in enumerate(sharded)}
     # What Megatron-LM looks for when it loads a checkpoint.
     state_dict |= {"checkpoint_version": 3.0, "iteration": iteration}
     with weights.open() as source:
@@ -114,17 +129,17 @@ class _StreamingStrategy(SaveShardedStrategy):
         """There are none."""
         return True
 
-    def save(self, sharded_state_dict: dict[str, ShardedTensor], checkpoint_dir: str) -> None:
-        """Writes the units that the tensors describe."""
-        tensors = {
-            (tensor.key, tensor.global_offset): tensor for tensor in sharded_state_dict.values()
-        }
+    def save(
+        self, sharded_state_dict: dict[str, ShardedTensor | ShardedObject], checkpoint_dir: str
+    ) -> None:
+        """Writes the units that the tensors describe, and the states."""
         units = {_place(unit.sharded()): unit for unit in self._units}
-        assert tensors.keys() == units.keys(), "Megatron-Core was handed other tensors"
+        items = [
+            _tensor_item(entry) if isinstance(entry, ShardedTensor) else _state_item(entry)
+            for entry in sharded_state_dict.values()
+        ]
         writer = _StreamingWriter(checkpoint_dir)
-        planner = _StreamingPlanner(
-            [_write_item(tensor) for tensor in tensors.values()], units, self._source
-        )
+        planner = _StreamingPlanner(items, units, self._source)
         try:
             save({}, storage_writer=writer, planner=planner)
         except CheckpointException as error:
@@ -141,7 +156,11 @@ def _place(tensor: ShardedTensor) -> _Place:
     return tensor.key, tensor.global_offset
 
 
-def _write_item(tensor: ShardedTensor) -> WriteItem:
+def _state_item(state: ShardedObject) -> WriteItem:
+    return WriteItem(index=MetadataIndex(state.unique_key), type=WriteItemType.BYTE_IO)
+
+
+def _tensor_item(tensor: ShardedTensor) -> WriteItem:
     offsets = torch.Size(tensor.global_offset)
     sizes = torch.Size([*[1] * tensor.prepend_axis_num, *tensor.local_shape])
     return WriteItem(
@@ -182,9 +201,11 @@ class _StreamingPlanner(SavePlanner):
         """The plan as it is."""
         return new_plan
 
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        """Makes the chunk of an item."""
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        """Makes the chunk of an item, or an empty state."""
         index = write_item.index
+        if write_item.type == WriteItemType.BYTE_IO:
+            return io.BytesIO(_EMPTY_STATE)
         return self._units[index.fqn, tuple(index.offset)].make(self._source)
 
 
@@ -217,15 +238,18 @@ class _StreamingWriter(FileSystemWriter):
         path = Path(self.path) / name
         with _HashingFile(path) as file:
             for item in items:
-                tensor = planner.resolve_data(item)
+                data = planner.resolve_data(item)
                 offset = file.tell()
-                torch.save(tensor, file)
+                if isinstance(data, torch.Tensor):
+                    torch.save(data, file)
+                    tensors[chunk_name(item.index)] = _record(data)
+                else:
+                    file.write(data.getbuffer())
                 size = file.tell() - offset
                 place = _StorageInfo(name, offset, size)
                 results.append(
                     WriteResult(index=item.index, size_in_bytes=size, storage_data=place)
                 )
-                tensors[chunk_name(item.index)] = _record(tensor)
         return replace(file.written, tensors=tensors), results
 
 
@@ -277,6 +301,8 @@ def chunk_name(index: MetadataIndex) -> str:
 
 def _num_bytes(item: WriteItem) -> int:
     data = item.tensor_data
+    if data is None:
+        return len(_EMPTY_STATE)
     return prod(data.chunk.sizes) * data.properties.dtype.itemsize
 
 

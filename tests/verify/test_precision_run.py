@@ -1,0 +1,197 @@
+"""T46: the precision test as users run it finds every kind of wrong weight and wrong setting."""
+
+import json
+import shutil
+from functools import cache
+
+import pytest
+import torch
+
+from mtrain.parallel import ParallelLayout
+from mtrain.verify.precision_run import run_precision_test
+from tests.adapters import attached, plan_of, random_factors
+from tests.lora.peft_folders import write_adapter
+from tests.megatron import SINGLE, load_model
+from tests.ranks import run_ranks
+from tests.tiny import make_checkpoint
+
+VOCAB = 131
+FOUR_RANKS = ParallelLayout(world_size=4, tp_size=2, pp_size=2, ep_size=2)
+
+
+def precision(state, chunks, folder, dtype, adapter=None):
+    return run_precision_test(
+        chunks,
+        state=state,
+        hf_folder=folder,
+        adapter_folder=adapter,
+        tokenizer_folder=folder,
+        vocab_size=VOCAB,
+        dtype=dtype,
+    )
+
+
+def plain_run(state, folder, dtype):
+    return precision(state, load_model(state, folder, dtype=dtype), folder, dtype)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    # Heads times head_dim is the hidden size, so that the output projection is square.
+    return make_checkpoint(tmp_path_factory.mktemp("dense"), "qwen3", head_dim=16)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("moe"), "qwen3_moe")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [SINGLE, FOUR_RANKS], ids=["single", "tp2_ep2_pp2"])
+def test_a_right_model_passes_on_every_rank(layout, dtype, moe):
+    reports = run_ranks(layout, plain_run, moe, dtype)
+    assert len(reports) == layout.world_size
+    assert all(report == reports[0] for report in reports)
+    assert reports[0].passed, "\n".join(reports[0].table())
+    assert reports[0].num_tokens > 1000
+
+
+def layer_of(chunks, number):
+    """A decoder layer by its number in the model, or None on ranks that have it not."""
+    layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
+    return next((layer for layer in layers if layer.layer_number == number + 1), None)
+
+
+def swap_query_and_key_norm(layer):
+    query, key = layer.self_attention.q_layernorm.weight, layer.self_attention.k_layernorm.weight
+    query.data, key.data = key.data, query.data
+
+
+def transpose_the_output_projection(layer):
+    weight = layer.self_attention.linear_proj.weight
+    weight.data = weight.data.t().contiguous()
+
+
+def exchange_two_experts(layer):
+    for linear in (layer.mlp.experts.linear_fc1, layer.mlp.experts.linear_fc2):
+        weight = linear.weight.data
+        weight[[0, 1]] = weight[[1, 0]]
+
+
+def put_in_a_nan(layer):
+    layer.self_attention.linear_proj.weight.data[3, 5] = torch.nan
+
+
+# Model -> (fault of a layer, the layer): what its figures must depart at.
+FAULTS = {
+    "dense": [
+        (swap_query_and_key_norm, 1),
+        (transpose_the_output_projection, 2),
+        (put_in_a_nan, 3),
+    ],
+    "moe": [(exchange_two_experts, 1)],
+}
+# Model -> what Megatron is built with instead; every layer is wrong then.
+WRONG_SETTINGS = {
+    "dense": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    "moe": {"norm_topk_prob": False},
+}
+
+
+def faulty_runs(state, folder, wrong_settings, dtype, faults):
+    """A report for each fault of a layer, then one with the wrong settings."""
+    reports = []
+    for fault, number in faults:
+        chunks = load_model(state, folder, dtype=dtype)
+        layer = layer_of(chunks, number)
+        if layer is not None:
+            with torch.no_grad():
+                fault(layer)
+        reports.append(precision(state, chunks, folder, dtype))
+    chunks = load_model(state, wrong_settings, dtype=dtype)
+    return [*reports, precision(state, chunks, folder, dtype)]
+
+
+@pytest.fixture(scope="module")
+def reports_of(dense, moe, tmp_path_factory):
+    folders = {"dense": dense, "moe": moe}
+
+    @cache
+    def reports(model, dtype):
+        other = shutil.copytree(
+            folders[model], tmp_path_factory.mktemp("other"), dirs_exist_ok=True
+        )
+        config = json.loads((other / "config.json").read_text())
+        assert config.keys() >= WRONG_SETTINGS[model].keys()
+        (other / "config.json").write_text(json.dumps(config | WRONG_SETTINGS[model]))
+        job = (folders[model], other, dtype, FAULTS[model])
+        return run_ranks(SINGLE, faulty_runs, *job)[0]
+
+    return reports
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model", list(FAULTS))
+def test_a_wrong_weight_fails_in_its_layer(model, dtype, reports_of):
+    """T46: norms of queries and keys, a transposed square matrix, NaN; exchanged experts."""
+    for (_, number), report in zip(FAULTS[model], reports_of(model, dtype)[:-1], strict=True):
+        assert not report.passed
+        assert report.first_departure == f"layer {number}", "\n".join(report.table())
+        json.dumps(report.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model", list(WRONG_SETTINGS))
+def test_a_wrong_setting_fails_from_the_first_layer_on(model, dtype, reports_of):
+    """T46: the base of the rotary embedding; a router that does not normalise its weights."""
+    report = reports_of(model, dtype)[-1]
+    assert not report.passed
+    assert report.first_departure == "layer 0", "\n".join(report.table())
+
+
+def faulty_run(state, folder):
+    chunks = load_model(state, folder)
+    layer = layer_of(chunks, 3)
+    if layer is not None:
+        with torch.no_grad():
+            exchange_two_experts(layer)
+    return precision(state, chunks, folder, torch.float32)
+
+
+def test_a_wrong_weight_fails_in_its_layer_on_every_layout(moe):
+    """T46: the experts are two of one expert-parallel rank of the second stage."""
+    reports = run_ranks(FOUR_RANKS, faulty_run, moe)
+    assert {report.first_departure for report in reports} == {"layer 3"}
+
+
+def adapted_runs(state, folder, lora, values, adapter, dtype):
+    """Reports against PEFT's model, and against the model without the adapter."""
+    chunks = attached(state, folder, lora, values, dtype=dtype)
+    return [precision(state, chunks, folder, dtype, judged) for judged in (adapter, None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_with_an_adapter_passes_and_without_it_fails(dtype, dense, tmp_path):
+    table, lora = plan_of(dense)
+    values = random_factors(table, lora)
+    adapter = write_adapter(tmp_path / "adapter", lora, table, values)
+    layout = ParallelLayout(world_size=2, tp_size=2)
+    for with_it, without in run_ranks(layout, adapted_runs, dense, lora, values, adapter, dtype):
+        assert with_it.passed, "\n".join(with_it.table())
+        assert without.first_departure == "layer 0"
+
+
+def refused_run(state, folder, broken):
+    with pytest.raises(ValueError, match="the precision test cannot be made") as refusal:
+        precision(state, load_model(state, folder), broken, torch.float32)
+    return str(refusal.value)
+
+
+def test_what_the_first_rank_cannot_load_is_an_error_on_every_rank(dense, tmp_path):
+    layout = ParallelLayout(world_size=2, tp_size=2)
+    messages = run_ranks(layout, refused_run, dense, tmp_path)
+    assert len(set(messages)) == 1
+    (tmp_path / "tokenizer.json").write_text("{}")
+    messages = run_ranks(layout, refused_run, dense, tmp_path)
+    assert len(set(messages)) == 1
+    assert "tokenizer" in messages[0]
