@@ -176,6 +176,7 @@ def export_torch_dist_adapter(
     *,
     table: WeightTable,
     config: Mapping[str, Any],
+    hf_config: Mapping[str, Any],
     fingerprint: str,
 ) -> None:
     """Writes an adapter in Megatron-Core's format.
@@ -185,6 +186,7 @@ def export_torch_dist_adapter(
         to: Where to; every rank must call this.
         table: What they are (`adapter_table`).
         config: Its adapter_config.json.
+        hf_config: The config.json of its model, which says where its tensors belong.
         fingerprint: Of the model that it belongs to.
 
     Raises:
@@ -195,6 +197,7 @@ def export_torch_dist_adapter(
         return [
             *_finish_iteration(folder),
             write_json(folder, CONFIG_FILE, config),
+            write_json(folder, "config.json", hf_config),
             write_json(folder, TENSORS_FILE, describe_tensors(weights.tensors)),
             write_json(folder, BASE_FILE, base_model(fingerprint)),
         ]

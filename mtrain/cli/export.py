@@ -189,6 +189,7 @@ def _export_adapter(
         config=adapter_config(
             adapter.lora, source.table, base=base, layout="per_expert", dropout=stored.dropout
         ),
+        hf_config=source.hf_config,
         fingerprint=adapter.fingerprint,
     )
     _warn_of_overflows(result, to.state)

@@ -55,7 +55,7 @@ def open_folder(folder: Path) -> StoredWeights:
     """Opens a folder of any format for reading by Hugging Face names.
 
     Args:
-        folder: A Hugging Face folder, or one of an adapter.
+        folder: A model or an adapter, as Hugging Face files or as torch_dist.
 
     Raises:
         ValueError: It holds nothing that can be read, or two things.
@@ -67,8 +67,11 @@ def open_folder(folder: Path) -> StoredWeights:
         open_checkpoint,
     )
     from mtrain.bridge.safetensors_header import read_header
+    from mtrain.checkpoint.torch_dist.folder import is_torch_dist, open_torch_dist_folder
     from mtrain.lora.peft_format import WEIGHTS_FILE
 
+    if is_torch_dist(folder):
+        return open_torch_dist_folder(folder)
     adapter = folder / WEIGHTS_FILE
     if not adapter.is_file():
         return open_checkpoint(folder)

@@ -46,6 +46,7 @@ def hf_outputs(
     *,
     adapter_folder: Path | None = None,
     dtype: torch.dtype,
+    stored_dtype: torch.dtype | None = None,
     device: torch.device,
 ) -> list[ModelOutputs]:
     """What the Hugging Face model makes of each text; the model is gone afterwards.
@@ -55,12 +56,13 @@ def hf_outputs(
         texts: One row each.
         adapter_folder: A PEFT adapter to put on it.
         dtype: Dtype of weights and activations.
+        stored_dtype: Dtype that weights are rounded to first, as those of the other model were.
         device: Where to run it; the whole model must fit there.
 
     Raises:
         ValueError: A weight of the model or of the adapter is missing or left over.
     """
-    model = _load_model(folder, dtype).to(device).eval()
+    model = _load_model(folder, stored_dtype or dtype).to(device, dtype).eval()
     layers = model.get_decoder().layers
     adapted = model if adapter_folder is None else _attach_adapter(model, adapter_folder).eval()
     found: list[torch.Tensor] = []

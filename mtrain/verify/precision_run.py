@@ -40,6 +40,7 @@ def run_precision_test(
     tokenizer_folder: Path,
     vocab_size: int,
     dtype: torch.dtype,
+    stored_dtype: torch.dtype | None = None,
 ) -> PrecisionReport:
     """Compares loaded chunks with the Hugging Face model; every rank calls it.
 
@@ -52,6 +53,7 @@ def run_precision_test(
         tokenizer_folder: Where the tokenizer is, if there is one.
         vocab_size: Words of the model without padding.
         dtype: What both models compute in.
+        stored_dtype: What the weights of the chunks were rounded to; None if they were not.
 
     Returns:
         The same report on every rank.
@@ -63,13 +65,19 @@ def run_precision_test(
     assert all(chunk.config.params_dtype == dtype for chunk in chunks)
     texts = _on_first_rank(lambda: encode_texts(tokenizer_folder, vocab_size=vocab_size), state)
     ours = megatron_outputs(chunks, texts, state=state)
+    has_experts = chunks[0].config.num_moe_experts is not None
 
     def compare() -> PrecisionReport:
         device = judge_device(hf_folder, dtype=dtype, device=state.device)
         theirs = hf_outputs(
-            hf_folder, texts, adapter_folder=adapter_folder, dtype=dtype, device=device
+            hf_folder,
+            texts,
+            adapter_folder=adapter_folder,
+            dtype=dtype,
+            stored_dtype=stored_dtype,
+            device=device,
         )
-        return compare_outputs(ours, theirs, texts, dtype=dtype)
+        return compare_outputs(ours, theirs, texts, dtype=dtype, has_experts=has_experts)
 
     return _on_first_rank(compare, state)
 

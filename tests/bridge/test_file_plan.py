@@ -3,7 +3,7 @@ from math import prod
 
 import pytest
 
-from mtrain.bridge.file_plan import plan_files
+from mtrain.bridge.file_plan import cut_by_size, file_name, plan_files
 from mtrain.bridge.plan import hf_tensors, plan_rank, weight_table
 from mtrain.parallel import ParallelLayout
 from tests.tiny import TINY, tiny_config
@@ -93,3 +93,29 @@ def test_a_thousand_ranks_are_planned_in_seconds():
     files = files_for("qwen3_moe", layout)
     assert time.monotonic() - start < 5
     assert len({file.writer for file in files}) > 16
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ([3, 3, 3], [[3, 3], [3]]),
+        ([6], [[6]]),
+        ([6, 1], [[6], [1]]),
+        # One that is too large has a part for itself, also when it is the first or the last.
+        ([9, 1, 2], [[9], [1, 2]]),
+        ([1, 9], [[1], [9]]),
+        ([7, 8], [[7], [8]]),
+        ([1, 2, 3, 0, 0, 1], [[1, 2, 3, 0, 0], [1]]),
+    ],
+    ids=str,
+)
+def test_a_list_is_cut_in_order_into_parts_below_the_limit(sizes, parts):
+    cut = list(cut_by_size(((str(size), size) for size in sizes), max_size=6))
+    assert [list(map(int, items)) for items, _ in cut] == parts
+    assert [total for _, total in cut] == [sum(part) for part in parts]
+
+
+def test_files_are_numbered_from_one_where_there_are_several():
+    assert file_name(1, 1, stem="model") == "model.safetensors"
+    assert file_name(1, 2, stem="model") == "model-00001-of-00002.safetensors"
+    assert file_name(12, 123456, stem="x") == "x-00012-of-123456.safetensors"

@@ -48,9 +48,7 @@ class Formats:
     def _converted(self):
         base = self["checkpoint"]
         dtypes = ("F32", "BF16", "F16")
-        return converted(
-            base, {name: dtypes[index % 3] for index, name in enumerate(base.tensors)}
-        )
+        return converted(base, {name: dtypes[index % 3] for index, name in enumerate(base.tensors)})
 
     @property
     def _table(self):
@@ -151,7 +149,7 @@ def test_several_threads_may_ask_at_once(formats, kind) -> None:
     sys.setswitchinterval(1e-6)
     try:
         with weights.open() as source, ThreadPoolExecutor(4) as threads:
-            asked = [*names, *reversed(names)]
+            asked = [*names, *reversed(names)] * 3
             parts = threads.map(lambda name: source.slices(name)[:].clone(), asked)
             wrong = {n for n, p in zip(asked, parts, strict=True) if not torch.equal(p, alone[n])}
     finally:

@@ -1,6 +1,7 @@
 """Checks of the ranks: the device they found, and whether all nodes were given the same."""
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,7 @@ def compare_adapters(state, folder: Path, alphas: list[int]) -> str:
         base=None,
         dropout=0.0,
         dtype="float32",
+        source=lambda fused: nullcontext(),
     )
     config = ExportConfig(tuner=TunerConfig(adapters=(f"/{state.rank}",)))
     model = ModelConfig(model=str(folder))

@@ -45,6 +45,8 @@ def check(*, world_size: int = 1, **flags: object) -> None:
         {},
         {"train_iters": None, "num_train_epochs": 1},
         {"tuner_type": "lora"},
+        {"model": None, "mcore_model": "a"},
+        {"tuner_type": "lora", "mcore_adapter": "a"},
         {"tuner_type": "lora_llm", "adapters": ("a",), "modules_to_save": ("lm_head",)},
         {"tuner_type": "lora", "merge_lora": True, "lora_export_layout": "fused"},
         # Of LoRA alone, as in Megatron-SWIFT.
@@ -81,7 +83,16 @@ def test_good_combinations_pass(flags: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"model": None}, "--model is missing"),
+        (
+            {"model": None},
+            "--model is missing: give a Hugging Face folder or id, or a torch_dist folder as "
+            "--mcore_model",
+        ),
+        (
+            {"tuner_type": "lora", "adapters": ("a",), "mcore_adapter": "b"},
+            "--adapters a and --mcore_adapter b: give one of them",
+        ),
+        ({"mcore_adapter": "b"}, "--mcore_adapter b needs --tuner_type lora; to train all weights"),
         ({"dataset": ()}, "--dataset is missing"),
         ({"train_iters": None}, "give --num_train_epochs or --train_iters"),
         ({"micro_batch_size": 0}, "--micro_batch_size 0: must be at least 1"),
@@ -224,9 +235,16 @@ def check_export_with(*, world_size: int = 1, **flags: object) -> None:
         MERGE,
         MERGE | {"merge_lora": False, "lora_export_layout": "fused"},
         MERGE | {"world_size": 4, "tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+        MERGE | {"adapters": (), "mcore_adapter": "a"},
+        MERGE | {"to_hf": False, "to_mcore": True},
+        MERGE | {"to_hf": False, "to_mcore": True, "merge_lora": False},
+        {"to_hf": True, "model": "a/b"},
+        {"to_mcore": True, "model": "a/b"},
+        {"to_hf": True, "mcore_model": "a"},
+        {"to_mcore": True, "mcore_model": "a", "adapters": ("b",)},
     ],
 )
-def test_an_adapter_can_be_exported(flags: dict[str, object]) -> None:
+def test_models_and_adapters_can_be_exported(flags: dict[str, object]) -> None:
     check_export_with(**flags)
 
 
@@ -235,13 +253,10 @@ def test_an_adapter_can_be_exported(flags: dict[str, object]) -> None:
     [
         ({}, "give exactly one of --to_hf true and --to_mcore true"),
         ({"to_hf": True, "to_mcore": True}, "give exactly one"),
-        ({"to_mcore": True}, "--to_mcore true: torch_dist comes with a later release"),
-        ({"to_hf": True}, "--model is missing"),
-        ({"to_hf": True, "model": "a/b"}, "--adapters is missing: export merges or rewrites an"),
+        ({"to_hf": True}, "--model is missing: give a Hugging Face folder or id, or a torch_dist"),
+        ({"to_mcore": True, "mcore_adapter": "a"}, "--model is missing"),
         (MERGE | {"adapters": ("a", "b")}, "--adapters a b: give one"),
-        (MERGE | {"mcore_adapter": "a"}, "--mcore_adapter a: torch_dist comes with a later"),
-        (MERGE | {"mcore_model": "a"}, "--mcore_model a: torch_dist comes with a later release"),
-        (MERGE | {"test_convert_precision": True}, "--test_convert_precision true: it comes"),
+        (MERGE | {"mcore_adapter": "b"}, "--adapters a and --mcore_adapter b: give one of them"),
         (MERGE | {"test_convert_dtype": "int8"}, "--test_convert_dtype int8: must be one of"),
         (MERGE | {"max_shard_size": "big"}, "--max_shard_size big: must be a size"),
         (
@@ -254,4 +269,38 @@ def test_exports_that_cannot_work_are_refused(flags: dict[str, object], message:
     with pytest.raises(ValueError) as caught:
         check_export_with(**flags)
     assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+PRECISION = {"test_convert_precision": True}
+NEEDS_MODEL = "--test_convert_precision true needs --model: the Hugging Face model to compare with"
+NO_SIDE = "--test_convert_precision true: there is no Hugging Face model to compare the result with"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"to_mcore": True, "model": "a/b"}, None),
+        ({"to_hf": True, "model": "a/b"}, None),
+        # The result is what is compared with.
+        ({"to_hf": True, "mcore_model": "a"}, None),
+        ({"to_hf": True, "mcore_model": "a", "adapters": ("b",)}, None),
+        (MERGE, None),
+        (MERGE | {"merge_lora": False}, None),
+        ({"to_mcore": True, "model": "a/b", "adapters": ("c",), "merge_lora": False}, None),
+        ({"to_mcore": True, "mcore_model": "a"}, NEEDS_MODEL),
+        ({"to_hf": True, "mcore_model": "a", "adapters": ("b",), "merge_lora": False}, NEEDS_MODEL),
+        ({"to_mcore": True, "model": "a/b", "adapters": ("c",)}, NO_SIDE),
+        ({"to_mcore": True, "model": "a/b", "mcore_adapter": "c"}, NO_SIDE),
+        ({"to_mcore": True, "model": "a/b", "mcore_adapter": "c", "merge_lora": False}, NO_SIDE),
+    ],
+)
+def test_the_precision_test_needs_a_hugging_face_side(flags, message) -> None:
+    check_export_with(**flags)
+    if message is None:
+        check_export_with(**flags, **PRECISION)
+        return
+    with pytest.raises(ValueError) as caught:
+        check_export_with(**flags, **PRECISION)
+    assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)

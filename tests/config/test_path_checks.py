@@ -1,5 +1,6 @@
 """Inputs must exist, the output must be writable, and nothing is created by looking."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from mtrain.config.path_checks import (
     check_adapters,
     check_datasets,
     check_export_dir,
+    check_mcore_model,
     check_run_dir,
     check_trackers,
+    local_config_folder,
     local_model_folder,
 )
 
@@ -69,6 +72,29 @@ def test_an_adapter_is_a_folder(tmp_path: Path) -> None:
         check_adapters(TunerConfig(adapters=(str(tmp_path / "none"),)))
     with pytest.raises(ValueError, match=r"^--adapters .*/file: is a file; give its folder$"):
         check_adapters(TunerConfig(adapters=(str(tmp_path / "file"),)))
+
+
+def test_folders_of_megatron_core_must_exist(tmp_path: Path) -> None:
+    """What is in them is looked at later."""
+    (tmp_path / "file").write_text("")
+    check_mcore_model(ModelConfig())
+    check_mcore_model(ModelConfig(mcore_model=str(tmp_path)))
+    check_adapters(TunerConfig(mcore_adapter=str(tmp_path)))
+    for text, reason in (("none", "no such folder"), ("file", "is a file; give its folder")):
+        path = str(tmp_path / text)
+        with pytest.raises(ValueError, match=f"^--mcore_model {path}: {reason}$"):
+            check_mcore_model(ModelConfig(model="owner/name", mcore_model=path))
+        with pytest.raises(ValueError, match=f"^--mcore_adapter {path}: {reason}$"):
+            check_adapters(TunerConfig(mcore_adapter=path))
+
+
+def test_config_and_tokenizer_are_beside_the_model_that_is_named_first(tmp_path: Path) -> None:
+    """The --model beside an --mcore_model wins; a torch_dist folder may lack them."""
+    model, mcore = str(tmp_path), str(tmp_path / "mcore")
+    assert local_config_folder(ModelConfig(model=model)) == tmp_path
+    assert local_config_folder(ModelConfig(model=model, mcore_model=mcore)) == tmp_path
+    assert local_config_folder(ModelConfig(mcore_model=mcore)) == tmp_path / "mcore"
+    assert local_config_folder(ModelConfig(model="owner/name", mcore_model=mcore)) is None
 
 
 def check_run(path: Path, *, add_version: bool = True, source: str | None = None) -> None:
@@ -142,6 +168,24 @@ def test_the_folder_of_the_adapter_is_not_written_to(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is the folder of --adapters; give another folder"):
         check_export(tmp_path, exist_ok=True, adapter=f"{tmp_path}/")
     check_export(tmp_path / "merged", adapter=str(tmp_path))
+
+
+@pytest.mark.parametrize("flag", ["mcore_model", "mcore_adapter"])
+def test_folders_of_megatron_core_are_not_written_to(tmp_path: Path, flag: str) -> None:
+    """T05, by any name, and also when a folder with files in it is fine."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "source")
+    given = {flag: str(tmp_path / "source")}
+    config = ExportConfig(
+        model=ModelConfig(**given if flag == "mcore_model" else {}),
+        tuner=TunerConfig(**given if flag == "mcore_adapter" else {}),
+        checkpoint=CheckpointConfig(output_dir=str(tmp_path / "link")),
+        export=ExportOptions(exist_ok=True),
+    )
+    with pytest.raises(ValueError, match=f"is the folder of --{flag}; give another folder$"):
+        check_export_dir(config)
+    other = CheckpointConfig(output_dir=str(tmp_path / "other"))
+    check_export_dir(dataclasses.replace(config, checkpoint=other))
 
 
 def test_a_missing_tracker_is_named(monkeypatch) -> None:

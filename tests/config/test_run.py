@@ -8,6 +8,7 @@ from mtrain.config import (
     CheckpointConfig,
     DataConfig,
     ExportConfig,
+    ExportOptions,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -72,6 +73,37 @@ def test_an_export_is_named_after_its_adapter(adapter) -> None:
     assert resolve_export(ExportConfig()).checkpoint.output_dir is None
 
 
+@pytest.mark.parametrize("to_mcore", [False, True])
+@pytest.mark.parametrize(
+    ("model", "tuner", "name"),
+    [
+        # A model may be on a hub, or where nobody should write: only its name is taken.
+        ({"model": "owner/name"}, {}, "name"),
+        ({"model": "/models/tiny/"}, {}, "tiny"),
+        ({"model": "owner/name", "mcore_model": "out/mcore/"}, {}, "out/mcore"),
+        ({"mcore_model": "out/mcore"}, {"mcore_adapter": "out/adapter"}, "out/adapter"),
+        ({"model": "owner/name"}, {"adapters": ("out/adapter/",)}, "out/adapter"),
+    ],
+)
+def test_an_export_is_named_after_what_it_converts_and_its_format(
+    model, tuner, name, to_mcore
+) -> None:
+    config = ExportConfig(
+        model=ModelConfig(**model),
+        tuner=TunerConfig(**tuner),
+        export=ExportOptions(to_hf=not to_mcore, to_mcore=to_mcore),
+    )
+    ending = "mcore" if to_mcore else "hf"
+    assert resolve_export(config).checkpoint.output_dir == f"{name}-{ending}"
+
+
+def test_an_export_goes_where_it_is_told() -> None:
+    config = ExportConfig(
+        model=ModelConfig(model="owner/name"), checkpoint=CheckpointConfig(output_dir="there")
+    )
+    assert resolve_export(config).checkpoint.output_dir == "there"
+
+
 @pytest.mark.parametrize(
     ("model", "dtype"),
     [
@@ -134,6 +166,11 @@ def test_full_recomputation_needs_nothing_else() -> None:
 def test_the_output_folder_is_named_after_the_model(model: str, folder: str) -> None:
     resolved = resolve_sft(SftConfig(model=ModelConfig(model=model)))
     assert resolved.checkpoint.output_dir == folder
+
+
+def test_the_output_folder_is_named_after_a_torch_dist_model() -> None:
+    resolved = resolve_sft(SftConfig(model=ModelConfig(mcore_model="out/tiny-mcore/")))
+    assert resolved.checkpoint.output_dir == "megatron_output/tiny-mcore"
 
 
 def test_resolving_twice_changes_nothing() -> None:

@@ -158,9 +158,7 @@ def test_parts_are_those_of_the_whole(all_kinds, name):
             for columns in (slice(0, 1), slice(5, 30)):
                 part = source.slices(name)[rows, columns]
                 torch.testing.assert_close(part, whole[rows, columns], rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(
-                source.slices(name)[rows], whole[rows], rtol=1e-6, atol=1e-6
-            )
+            torch.testing.assert_close(source.slices(name)[rows], whole[rows], rtol=1e-6, atol=1e-6)
 
 
 def test_what_changes_is_float32_and_the_rest_stays_as_it_is(tmp_path):

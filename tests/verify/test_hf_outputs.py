@@ -64,6 +64,15 @@ def test_half_precision_outputs_are_float32_on_the_cpu(folder, texts):
     assert torch.equal(one.logits, one.logits.bfloat16().float())
 
 
+def test_weights_are_rounded_first_where_those_of_the_other_model_were(folder, texts):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float()
+    with torch.no_grad():
+        expected = model(texts[0].input_ids[None]).logits[0]
+    rounded = outputs_of(folder, texts, stored_dtype=torch.bfloat16)[0].logits
+    torch.testing.assert_close(rounded, expected)
+    assert (rounded - outputs_of(folder, texts)[0].logits).abs().max() > 1e-3
+
+
 def test_an_adapter_is_put_on_the_model(folder, adapter, texts):
     plain = outputs_of(folder, texts)
     adapted = outputs_of(folder, texts, adapter_folder=adapter)

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mtrain.verify.precision import ModelOutputs, compare_outputs
+from mtrain.verify.precision import ModelOutputs, thresholds_for
+from mtrain.verify.precision import compare_outputs as compare_any_outputs
 from mtrain.verify.texts import TokenText
 
 LENGTHS = (5, 9)
@@ -44,6 +45,10 @@ def changed(outputs, change):
     ]
     change(copies[1].hidden_states, copies[1].logits)
     return copies
+
+
+def compare_outputs(*arguments, dtype, has_experts=False):
+    return compare_any_outputs(*arguments, dtype=dtype, has_experts=has_experts)
 
 
 def rows_of(report, name):
@@ -163,6 +168,47 @@ def test_half_precision_is_judged_by_means(outputs, texts):
     assert not compare_outputs(near, outputs, texts, dtype=torch.float32).passed
     far = changed(outputs, disturb(0.2))
     assert compare_outputs(far, outputs, texts, dtype=torch.bfloat16).first_departure == "layer 0"
+
+
+def test_the_bound_of_half_precision_grows_with_depth():
+    thresholds = thresholds_for(torch.bfloat16, has_experts=False)
+    assert thresholds.min_cosine(1) == pytest.approx(1 - 4.4e-4)
+    assert thresholds.min_cosine(28) == pytest.approx(1 - 15.2e-4)
+    assert thresholds_for(torch.float32, has_experts=True).min_cosine(28) is None
+
+
+def test_logits_are_as_deep_as_the_last_layer(outputs, texts):
+    report = compare_outputs(outputs, outputs, texts, dtype=torch.bfloat16)
+    assert [row.depth for row in report.rows] == [1, 2, 3, 3] * 2
+
+
+@pytest.mark.parametrize("has_experts", [False, True])
+def test_a_router_near_a_tie_may_send_a_token_elsewhere(has_experts):
+    """One token in 200 departs: a fault without experts, allowed with them."""
+    length = 200
+    texts = [
+        TokenText(
+            input_ids=torch.zeros(length, dtype=torch.int64),
+            loss_mask=torch.ones(length, dtype=torch.bool),
+        )
+    ]
+    generator = torch.Generator().manual_seed(0)
+    theirs = ModelOutputs(
+        hidden_states=torch.randn(2, length, 8, generator=generator),
+        logits=torch.randn(length, VOCAB, generator=generator),
+    )
+
+    def departing(num_tokens):
+        hidden = theirs.hidden_states.clone()
+        hidden[1, :num_tokens] *= 1.01
+        return [ModelOutputs(hidden_states=hidden, logits=theirs.logits)]
+
+    options = {"dtype": torch.float32, "has_experts": has_experts}
+    report = compare_outputs(departing(1), [theirs], texts, **options)
+    assert report.passed is has_experts
+    assert rows_of(report, "layer 1")[0].departed == pytest.approx(1 / length)
+    report = compare_outputs(departing(3), [theirs], texts, **options)
+    assert report.first_departure == "layer 1"
 
 
 def test_the_report_is_json_of_its_fields(outputs, texts):

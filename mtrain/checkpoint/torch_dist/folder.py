@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mtrain.bridge.plan import weight_table
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_header import parse_json
+from mtrain.bridge.sources import StoredWeights
 from mtrain.checkpoint.folder import LATEST_FILE
 from mtrain.checkpoint.torch_dist.metadata import METADATA_FILE
 from mtrain.checkpoint.torch_dist.reader import (
@@ -81,6 +83,25 @@ def open_torch_dist_model(root: Path, table: WeightTable) -> TorchDistCheckpoint
         ValueError: There is no checkpoint, or it does not fit the model.
     """
     return open_torch_dist(iteration_folder(root), table)
+
+
+def open_torch_dist_folder(root: Path) -> StoredWeights:
+    """The weights of whatever is in a folder that has a config.json: a model or an adapter.
+
+    Args:
+        root: What the user names.
+
+    Raises:
+        ValueError: There is no config.json, which says what the tensors are.
+    """
+    path = root / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{root}: has no config.json, without which its tensors have no names")
+    table = weight_table(parse_json(path.read_bytes(), source=path))
+    if not (root / TENSORS_FILE).is_file():
+        return open_torch_dist_model(root, table)
+    adapter = read_torch_dist_adapter(root, table)
+    return open_torch_dist(iteration_folder(root), adapter_table(table, adapter.lora))
 
 
 def read_torch_dist_adapter(root: Path, table: WeightTable) -> StoredAdapter:

@@ -21,8 +21,8 @@ from mtrain.bridge.slices import read_box, view_box
 from mtrain.bridge.sources import StoredWeights, TensorSource
 from mtrain.bridge.spans import Piece, Span, clip
 
-# Parameters that are larger are cut along their rows.
-_CHUNK_BYTES = 128 * 2**20
+# Parameters that are larger are cut along their rows; see `_BLOCK_BYTES` of `bridge/convert.py`.
+_CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

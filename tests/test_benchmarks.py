@@ -1,0 +1,41 @@
+"""The benchmark scripts run: on a shape that is tiny, and with numbers that make sense."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 128,
+}
+
+
+def test_conversion_is_measured_in_bounded_memory_and_leaves_no_files(tmp_path: Path) -> None:
+    work, numbers = tmp_path / "work", tmp_path / "numbers.json"
+    flags = {
+        "shape": "qwen3-0.6b",
+        "layers": 2,
+        "sizes": json.dumps(TINY),
+        "folder": work,
+        "steps": "dtype",
+        "memory_limit": "4GB",
+        "json": numbers,
+    }
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    command = [sys.executable, ROOT / "benchmarks" / "convert.py", *words]
+    table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    result = json.loads(numbers.read_text("utf-8"))
+    assert result["rates"].keys() == {"memory copy", "read", "write", "file copy"}
+    (step,) = result["steps"]
+    assert step["step"] == "dtype"
+    assert step["failure"] == ""
+    assert step["seconds"] > 0
+    assert 0 < step["anonymous_bytes"] <= step["rss_bytes"] < 4e9
+    assert "| dtype |" in table
+    assert list(work.iterdir()) == []
