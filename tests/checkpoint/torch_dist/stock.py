@@ -17,7 +17,7 @@ from mtrain.model.build import transformer_config
 from tests.megatron import read_config
 
 
-def stock_model(state, folder, *, named_as_te=False):
+def stock_model(state, folder, *, named_as_te=False, is_te=False):
     """Megatron-Core's model of a checkpoint on this rank (no virtual stages), unfilled.
 
     Its own layers all the way: one module an expert, Torch's norms. With these it stores the norm
@@ -33,11 +33,11 @@ def stock_model(state, folder, *, named_as_te=False):
         parallel=ParallelConfig(sequence_parallel=False),
         training=TrainingConfig(),
         moe=MoEConfig(),
-        dtype=torch.float32,
-        backend="torch",
+        dtype=torch.bfloat16 if is_te else torch.float32,
+        backend="te" if is_te else "torch",
     )
-    config.moe_grouped_gemm = False
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    config.moe_grouped_gemm = is_te
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=is_te, normalization="RMSNorm")
     for layer in spec.layer_specs:
         if named_as_te and layer.submodules.mlp.module is MoELayer:
             # Layers share it.
