@@ -123,16 +123,17 @@ def _export_model(
         assert adapter.stored is not None, "an export makes no new adapter"
         weights = merge_weights(weights, adapter.stored)
     wanted = _wanted_dtype(config, source)
-    result = converted(
-        weights,
-        {name: wanted or source.weights.tensors[name].dtype for name in hf_tensors(source.table)},
-    )
+    dtypes = {
+        name: wanted or source.weights.tensors[name].dtype for name in hf_tensors(source.table)
+    }
+    result = converted(weights, dtypes)
     described = ModelDescription(folder=source.folder, hf_config=_hf_config(config, source))
     if config.export.to_hf:
         size = config.checkpoint.max_shard_bytes
         export_weights(result, to, described=described, max_shard_size=size)
     else:
-        own = source.fingerprint() if adapter is None and not wanted else fingerprint(result)
+        is_same = adapter is None and not wanted
+        own = source.fingerprint() if is_same else fingerprint(converted(weights, dtypes))
         export_torch_dist_model(
             result, to, table=source.table, described=described, fingerprint=own
         )

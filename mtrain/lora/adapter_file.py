@@ -61,10 +61,12 @@ class AdapterReader:
             return self._file.get_slice(name)
         factors, which, expert, source = self._places[name]
         stored = factors.names[which]
-        if self._last is None or self._last[0] != stored:
-            self._last = (stored, self._file.get_tensor(stored))
+        # Read once: another thread may replace it meanwhile.
+        last = self._last
+        if last is None or last[0] != stored:
+            last = self._last = (stored, self._file.get_tensor(stored))
         take = (factors.take_a, factors.take_b)[which]
-        return take(self._last[1], expert, source)
+        return take(last[1], expert, source)
 
 
 def write_adapter_file(

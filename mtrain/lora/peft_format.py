@@ -76,8 +76,6 @@ def read_adapter(folder: Path, table: WeightTable) -> StoredAdapter:
     Raises:
         ValueError: It is not sound, does not fit the model, or needs what is not built.
     """
-    from mtrain.lora.adapter_file import AdapterReader
-
     settings = read_settings(folder)
     path = _weights_file(folder)
     return stored_adapter(
@@ -86,7 +84,7 @@ def read_adapter(folder: Path, table: WeightTable) -> StoredAdapter:
         folder=folder,
         path=path,
         settings=settings,
-        source=functools.partial(AdapterReader, path),
+        source=functools.partial(_open_file, path),
     )
 
 
@@ -140,6 +138,13 @@ def stored_adapter(
         fused=tuple(fused),
         source=source,
     )
+
+
+def _open_file(path: Path, fused: Sequence[FusedFactors]) -> AbstractContextManager[TensorSource]:
+    # Here, not above: it imports torch, which finding out what is adapted does without.
+    from mtrain.lora.adapter_file import AdapterReader
+
+    return AdapterReader(path, fused)
 
 
 def _weights_file(folder: Path) -> Path:
