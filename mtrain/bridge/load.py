@@ -7,14 +7,17 @@ talks to nobody.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from mtrain.bridge.convert import num_threads, row_blocks
 from mtrain.bridge.ledger import check_checkpoint, check_model
 from mtrain.bridge.plan import Backend, ParameterPlan, Plan, plan_rank
 from mtrain.bridge.rules import IgnoredKey, WeightTable
 from mtrain.bridge.slices import read_box, tensors_by_name, view_box
 from mtrain.bridge.sources import StoredWeights, TensorSource
+from mtrain.bridge.spans import box_shape, clip
 from mtrain.parallel import ParallelLayout
 
 
@@ -69,16 +72,25 @@ def fill_tensors(
         ValueError: A tensor is not in the plan, or one of the plan is missing or has another shape.
     """
     check_model(plan, [{name: tuple(t.shape) for name, t in named.items()} for named in tensors])
-    for parameter in plan:
-        _fill(tensors[parameter.chunk][parameter.name], parameter, source)
+    with ThreadPoolExecutor(num_threads()) as threads:
+        list(threads.map(lambda p: _fill(tensors[p.chunk][p.name], p, source), plan))
 
 
+@torch.no_grad()
 def _fill(parameter: torch.Tensor, plan: ParameterPlan, source: TensorSource) -> None:
     if plan.num_padding:
         parameter.zero_()
     for piece in plan.pieces:
-        values = read_box(source.slices(piece.hf_name), piece.hf)
-        view_box(parameter, piece.local, expert=piece.expert).copy_(values)
+        stored, rows = source.slices(piece.hf_name), piece.hf[0]
+        # In blocks, so that what is read is still in the cache when it is copied.
+        shape = (rows.extent, *box_shape(piece.hf[1:]))
+        for start, stop in row_blocks(shape, itemsize=parameter.element_size()):
+            for theirs, ours in clip(
+                rows, piece.local[0], start=rows.start + start, stop=rows.start + stop
+            ):
+                values = read_box(stored, (theirs, *piece.hf[1:]))
+                target = view_box(parameter, (ours, *piece.local[1:]), expert=piece.expert)
+                target.copy_(values.reshape(target.shape))
 
 
 def _check_copies(files: TensorSource, ignored: dict[str, IgnoredKey]) -> None:

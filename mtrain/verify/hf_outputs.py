@@ -6,12 +6,13 @@ ours, and refused when a weight is missing or left over.
 
 import gc
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import peft
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mtrain.verify.precision import ModelOutputs
@@ -65,26 +66,81 @@ def hf_outputs(
     model = _load_model(folder, stored_dtype or dtype).to(device, dtype).eval()
     layers = model.get_decoder().layers
     adapted = model if adapter_folder is None else _attach_adapter(model, adapter_folder).eval()
-    found: list[torch.Tensor] = []
-
-    def keep(_layer: object, _inputs: object, output: torch.Tensor) -> None:
-        found.append(output[0].to("cpu", torch.float32, copy=True))
+    hidden_states: dict[int, torch.Tensor] = {}
+    margins: dict[int, torch.Tensor] = {}
 
     outputs = []
     with ExitStack() as hooks:
-        for layer in layers:
+        for index, layer in enumerate(layers):
+            keep = _keep_hidden_states(hidden_states, index)
             hooks.callback(layer.register_forward_hook(keep).remove)
+            for router in _routers(layer):
+                keep = _keep_margins(margins, index)
+                hooks.callback(router.register_forward_hook(keep).remove)
         for text in texts:
             logits = adapted(text.input_ids[None].to(device), use_cache=False).logits
+            no_router = torch.full([len(text.input_ids)], torch.inf)
             outputs.append(
-                ModelOutputs(hidden_states=torch.stack(found), logits=logits[0].float().cpu())
+                ModelOutputs(
+                    hidden_states=torch.stack([hidden_states[i] for i in range(len(layers))]),
+                    logits=logits[0].float().cpu(),
+                    router_margins=torch.stack(
+                        [margins.get(i, no_router) for i in range(len(layers))]
+                    ),
+                )
             )
-            found.clear()
     del model, layers, adapted
     # PEFT's modules know each other in circles.
     gc.collect()
     torch.cuda.empty_cache()
     return outputs
+
+
+def _keep_hidden_states(found: dict[int, torch.Tensor], index: int) -> Callable[..., None]:
+    def keep(_layer: object, _inputs: object, output: torch.Tensor) -> None:
+        found[index] = output[0].to("cpu", torch.float32, copy=True)
+
+    return keep
+
+
+def _keep_margins(found: dict[int, torch.Tensor], index: int) -> Callable[..., None]:
+    def keep(router: nn.Module, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
+        # Routers of transformers 5 return their logits [tokens, experts] first.
+        found[index] = router_margins(output[0].to("cpu", torch.float32), router.top_k)
+
+    return keep
+
+
+def _routers(layer: nn.Module) -> list[nn.Module]:
+    """The router of a decoder layer, or none: what has both a weight and a number to choose.
+
+    Source: `Qwen3MoeTopKRouter` in transformers; routers of other families look the same.
+    """
+    routers = [
+        module
+        for module in layer.modules()
+        if hasattr(module, "top_k") and isinstance(getattr(module, "weight", None), torch.Tensor)
+    ]
+    assert len(routers) <= 1, "a decoder layer has one router"
+    return routers
+
+
+def router_margins(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """How far each token is from a choice of other experts.
+
+    Args:
+        logits: float32 [tokens, experts] of a router.
+        top_k: Experts of a token.
+
+    Returns:
+        [tokens], what lies between the lowest logit that was chosen and the highest that was not,
+        relative to the largest number among the token's logits; infinite where all are chosen.
+    """
+    if top_k >= logits.shape[-1]:
+        return torch.full(logits.shape[:1], torch.inf)
+    best = logits.topk(top_k + 1, dim=-1).values
+    largest = logits.abs().amax(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (best[:, -2] - best[:, -1]) / largest
 
 
 def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

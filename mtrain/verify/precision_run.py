@@ -65,7 +65,6 @@ def run_precision_test(
     assert all(chunk.config.params_dtype == dtype for chunk in chunks)
     texts = _on_first_rank(lambda: encode_texts(tokenizer_folder, vocab_size=vocab_size), state)
     ours = megatron_outputs(chunks, texts, state=state)
-    has_experts = chunks[0].config.num_moe_experts is not None
 
     def compare() -> PrecisionReport:
         device = judge_device(hf_folder, dtype=dtype, device=state.device)
@@ -77,7 +76,7 @@ def run_precision_test(
             stored_dtype=stored_dtype,
             device=device,
         )
-        return compare_outputs(ours, theirs, texts, dtype=dtype, has_experts=has_experts)
+        return compare_outputs(ours, theirs, texts, dtype=dtype)
 
     return _on_first_rank(compare, state)
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mtrain.verify.hf_outputs import hf_outputs, judge_device
+from mtrain.verify.hf_outputs import hf_outputs, judge_device, router_margins
 from mtrain.verify.texts import encode_texts
 from tests.lora.peft_folders import save_with_peft
 from tests.tiny import make_checkpoint
@@ -56,6 +56,27 @@ def test_outputs_are_those_of_the_layers(folder, texts):
         torch.testing.assert_close(ours.hidden_states[0], expected.hidden_states[1][0])
         last = model.model.norm(ours.hidden_states[-1])
         torch.testing.assert_close(last, expected.hidden_states[-1][0])
+
+
+def test_margins_are_those_of_the_routers_and_infinite_elsewhere(folder, texts, tmp_path):
+    for ours in outputs_of(folder, texts):
+        assert ours.router_margins.shape == ours.hidden_states.shape[:2]
+        assert ours.router_margins.isinf().all()
+    mixed = make_checkpoint(tmp_path, "qwen3_moe_mixed")  # layer 1 has no experts
+    model = AutoModelForCausalLM.from_pretrained(mixed, dtype=torch.float32)
+    for text, ours in zip(texts, outputs_of(mixed, texts), strict=True):
+        with torch.no_grad():
+            logits = model(text.input_ids[None], output_router_logits=True).router_logits
+        expected = torch.stack([router_margins(one, 2) for one in logits])
+        torch.testing.assert_close(ours.router_margins[[0, 2, 3]], expected, rtol=0, atol=1e-5)
+        assert ours.router_margins[1].isinf().all()
+
+
+def test_a_margin_lies_between_the_last_chosen_and_the_first_not_chosen():
+    logits = torch.tensor([[1.0, -4.0, 3.0, 2.0], [5.0, 5.0, 5.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(router_margins(logits, 2), torch.tensor([1 / 4, 0.0, 0.0]))
+    torch.testing.assert_close(router_margins(logits, 3), torch.tensor([5 / 4, 4 / 5, 0.0]))
+    assert router_margins(logits, 4).isinf().all()
 
 
 def test_half_precision_outputs_are_float32_on_the_cpu(folder, texts):

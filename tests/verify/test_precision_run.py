@@ -6,9 +6,12 @@ from functools import cache
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from mtrain.parallel import ParallelLayout
 from mtrain.verify.precision_run import run_precision_test
+from mtrain.verify.texts import encode_texts
 from tests.adapters import attached, plan_of, random_factors
 from tests.lora.peft_folders import write_adapter
 from tests.megatron import SINGLE, load_model
@@ -162,6 +165,95 @@ def test_a_wrong_weight_fails_in_its_layer_on_every_layout(moe):
     """T46: the experts are two of one expert-parallel rank of the second stage."""
     reports = run_ranks(FOUR_RANKS, faulty_run, moe)
     assert {report.first_departure for report in reports} == {"layer 3"}
+
+
+RARE_LAYER = 1
+
+
+def make_rare_expert(folder, target):
+    """Scales a row of a router until one token is at a tie, and no other chooses the expert.
+
+    Returns:
+        The folder, the expert, and the factor of the row at which a second token is at a tie.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = []
+    router = model.model.layers[RARE_LAYER].mlp.gate
+    router.register_forward_hook(lambda *call: found.append(call[2][0]))
+    with torch.no_grad():
+        for text in encode_texts(folder, vocab_size=VOCAB):
+            model(text.input_ids[None])
+    logits = torch.cat(found)
+    best = None
+    for expert in range(logits.shape[1]):
+        others = logits.clone()
+        others[:, expert] = -torch.inf
+        border = others.topk(router.top_k).values[:, -1]
+        assert (border > 0).all()
+        # With the row times this, the token is at a tie.
+        factors = torch.where(logits[:, expert] > 0, border / logits[:, expert], torch.inf)
+        first, second = factors.sort().values[:2].tolist()
+        if best is None or second / first > best[2] / best[1]:
+            best = (expert, first, second)
+    expert, first, second = best
+    assert second / first > 1.02
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    scale_row(target, expert, first)
+    return target, expert, second / first
+
+
+def scale_row(folder, expert, factor):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"model.layers.{RARE_LAYER}.mlp.gate.weight"][expert] *= factor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def rare_run(state, folder, expert, factor, overwritten):
+    """Megatron with a row of a router scaled; the expert may get the weights of its neighbour."""
+    chunks = load_model(state, folder)
+    mlp = layer_of(chunks, RARE_LAYER).mlp
+    with torch.no_grad():
+        mlp.router.weight[expert] *= factor
+        if overwritten:
+            for linear in (mlp.experts.linear_fc1, mlp.experts.linear_fc2):
+                linear.weight[expert] = linear.weight[expert - 1]
+    return precision(state, chunks, folder, torch.float32)
+
+
+@pytest.fixture
+def rare(tmp_path):
+    """What `make_rare_expert` returns; enough experts for all last chosen logits to be positive."""
+    source = make_checkpoint(
+        tmp_path / "source", "qwen3_moe", num_experts=32, moe_intermediate_size=32
+    )
+    return make_rare_expert(source, tmp_path / "rare")
+
+
+def test_a_wrong_expert_that_a_single_token_uses_fails(rare):
+    """T46: it is no tie, so one token of more than a thousand is enough."""
+    folder, expert, up_to = rare
+    scale_row(folder, expert, up_to**0.5)
+    right, wrong = (run_ranks(SINGLE, rare_run, *rare[:2], 1, bad)[0] for bad in (False, True))
+    assert right.passed, "\n".join(right.table())
+    assert wrong.first_departure == f"layer {RARE_LAYER}", "\n".join(wrong.table())
+    assert wrong.rows[RARE_LAYER].departed == pytest.approx(1 / wrong.num_tokens)
+    assert wrong.excused.num_tokens == 0
+
+
+def test_a_token_at_a_tie_may_go_to_another_expert(rare):
+    """The same token passes where the last bits of the router's weights decide."""
+    folder, expert, up_to = rare
+    scale_row(folder, expert, 1 - 2e-6)
+    (report,) = run_ranks(SINGLE, rare_run, folder, expert, 1 + 4e-6, False)
+    assert report.passed, "\n".join(report.table())
+    (tie,) = report.excused.ties
+    assert tie.layer == RARE_LAYER
+    assert tie.margin < 4e-6
+    assert report.rows[RARE_LAYER].excused == 1
+    # A weight that is wrong by more than rounding is another matter.
+    scale_row(folder, expert, up_to**-0.25)
+    (report,) = run_ranks(SINGLE, rare_run, folder, expert, up_to**0.5, False)
+    assert report.first_departure == f"layer {RARE_LAYER}"
 
 
 def adapted_runs(state, folder, lora, values, adapter, dtype):

@@ -21,6 +21,7 @@ from mtrain.bridge.slices import read_box, view_box
 from mtrain.bridge.sources import StoredWeights, TensorSource
 from mtrain.bridge.spans import Piece, Span, clip
 
+_WITHOUT_STATE = ("embedding.word_embeddings", "output_layer")
 # Parameters that are larger are cut along their rows; see `_BLOCK_BYTES` of `bridge/convert.py`.
 _CHUNK_BYTES = 16 * 2**20
 
@@ -66,13 +67,14 @@ class Unit:
         )
 
     def empty_states(self) -> list[ShardedObject]:
-        """The states of 8-bit scaling that its linear would have, which Megatron-Core asks for.
+        """The states of 8-bit scaling that its module would have, which Megatron-Core asks for.
 
-        Attention has one too, here beside the projection that comes before it.
+        Transformer Engine's linears and norms have one, and so has attention, here beside the
+        projection that comes before it.
         """
         module, _, kind = self.parameter.name.rpartition(".")
-        is_linear = kind == "weight" and len(self.shape) == 2 and self.parameter.layer is not None
-        if self.start or not is_linear or module.endswith(".router"):
+        has_none = module in _WITHOUT_STATE or module.endswith(".router")
+        if self.start or kind != "weight" or has_none:
             return []
         modules = [module]
         if module.endswith(".linear_qkv"):
