@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
-
 from mtrain.bridge.safetensors_header import tensor_bytes
 from mtrain.bridge.sources import StoredShape, StoredWeights, TensorSource
 
@@ -41,6 +39,9 @@ def fingerprint(weights: StoredWeights) -> str:
 
 def _middle(source: TensorSource, name: str, tensor: StoredShape) -> bytes:
     """The bytes in the middle of a tensor, out of the rows that hold them."""
+    # Here, not above: reading headers does without it.
+    import torch
+
     num_bytes = tensor_bytes(tensor.dtype, tensor.shape)
     start = max(0, num_bytes - _NUM_BYTES) // 2
     stop = start + min(_NUM_BYTES, num_bytes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtrain.bridge.safetensors_header import (
     MAX_HEADER_BYTES,
@@ -17,7 +17,9 @@ from mtrain.bridge.safetensors_header import (
     parse_json,
     read_header,
 )
-from mtrain.bridge.safetensors_reader import SafetensorsReader
+
+if TYPE_CHECKING:
+    from mtrain.bridge.safetensors_reader import SafetensorsReader
 
 # `model.safetensors`, or `model-00001-of-00002.safetensors` and so on with an index.
 WEIGHTS_STEM = "model"
@@ -44,6 +46,9 @@ class Checkpoint:
 
     def open(self) -> SafetensorsReader:
         """Opens its files for reading; nothing is read yet."""
+        # Here, not above: it imports torch, which reading headers does without.
+        from mtrain.bridge.safetensors_reader import SafetensorsReader
+
         return SafetensorsReader(self.tensors)
 
 

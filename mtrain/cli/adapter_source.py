@@ -10,7 +10,6 @@ from pathlib import Path
 
 from mtrain.bridge.plan import hf_tensors
 from mtrain.bridge.rules import WeightTable
-from mtrain.checkpoint.torch_dist.folder import read_torch_dist_adapter
 from mtrain.cli.model_source import ModelSource, dtype_name
 from mtrain.config import ExportConfig, SftConfig, TunerConfig
 from mtrain.lora.base_model import check_base_model
@@ -84,6 +83,9 @@ def open_adapter(config: SftConfig | ExportConfig, source: ModelSource) -> Adapt
 def _read_stored(tuner: TunerConfig, table: WeightTable) -> StoredAdapter | None:
     """The adapter that is given, in either format; None for a new one."""
     if tuner.mcore_adapter is not None:
+        # Here, not above: it imports torch, which the process that starts ranks does without.
+        from mtrain.checkpoint.torch_dist.folder import read_torch_dist_adapter
+
         return read_torch_dist_adapter(Path(tuner.mcore_adapter).expanduser(), table)
     if tuner.adapters:
         (folder,) = tuner.adapters

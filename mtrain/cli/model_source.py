@@ -18,7 +18,6 @@ from mtrain.bridge.plan import Backend, plan_rank
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.sources import StoredWeights
-from mtrain.checkpoint.torch_dist.folder import open_torch_dist_model
 from mtrain.config import ModelConfig, ParallelConfig
 from mtrain.config.model_checks import check_model_folder, read_hf_config
 from mtrain.config.path_checks import local_config_folder
@@ -104,11 +103,7 @@ def open_source(
         rank = pp_rank * (world_size // layout.pp_size)
         plan_rank(table, layout=layout, rank=rank, backend="torch")
     mcore_folder = None if model.mcore_model is None else Path(model.mcore_model).expanduser()
-    weights = (
-        open_checkpoint(folder)
-        if mcore_folder is None
-        else open_torch_dist_model(mcore_folder, table)
-    )
+    weights = _open_weights(folder, mcore_folder, table)
     check_checkpoint(table, weights)
     return ModelSource(
         folder=folder,
@@ -118,6 +113,15 @@ def open_source(
         weights=weights,
         mcore_folder=mcore_folder,
     )
+
+
+def _open_weights(folder: Path, mcore_folder: Path | None, table: WeightTable) -> StoredWeights:
+    if mcore_folder is None:
+        return open_checkpoint(folder)
+    # Here, not above: it imports torch, which the process that starts ranks does without.
+    from mtrain.checkpoint.torch_dist.folder import open_torch_dist_model
+
+    return open_torch_dist_model(mcore_folder, table)
 
 
 def stored_dtype_name(hf_config: Mapping[str, Any]) -> str:

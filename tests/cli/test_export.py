@@ -1,5 +1,6 @@
 """`megatron export` on a rank: PEFT's own merge is the judge."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,12 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from mtrain.cli import export
 from mtrain.cli.launch import Placement
-from mtrain.cli.preparation import open_export_inputs, prepare_export
+from mtrain.cli.preparation import prepare_export
 from mtrain.config import (
     CheckpointConfig,
     ExportConfig,
     ExportOptions,
     ModelConfig,
+    ParallelConfig,
     TunerConfig,
     resolve_export,
 )
@@ -147,9 +149,11 @@ def test_a_result_takes_the_place_of_older_weights_when_told(folders, merged, tm
     assert (tmp_path / weights).read_bytes() == (merged / weights).read_bytes()
 
 
-def merge_on_rank(state, config: ExportConfig, output: Path) -> None:
-    source, adapter = open_export_inputs(config, world_size=1)
-    export._merge(config, source, adapter, state, output, backend="torch")
+def export_on_rank(state, config: ExportConfig) -> int:
+    """The command on a rank that is there already."""
+    export.join = lambda *_, **__: state
+    export.destroy_parallel = lambda: None
+    return export.run(config, Placement(rank=state.rank, world_size=state.layout.world_size))
 
 
 @pytest.mark.parametrize(
@@ -162,9 +166,19 @@ def merge_on_rank(state, config: ExportConfig, output: Path) -> None:
     ids=["tp2_ep2", "pp2_vpp2", "etp2"],
 )
 def test_every_layout_writes_the_same(folders, merged, tmp_path, sizes) -> None:
-    """Bit for bit; how many files there are depends on how many ranks own weights."""
+    """Bit for bit, file by file: the ranks only share the work."""
     output = tmp_path / "out"
-    run_ranks(sizes, merge_on_rank, settings(folders, output), output)
+    config = settings(folders, output)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=sizes.tp_size,
+        pipeline_model_parallel_size=sizes.pp_size,
+        virtual_pipeline_model_parallel_size=sizes.vpp_size,
+        expert_model_parallel_size=sizes.ep_size,
+        expert_tensor_parallel_size=sizes.etp_size,
+        sequence_parallel=sizes.tp_size > 1,
+    )
+    codes = run_ranks(sizes, export_on_rank, dataclasses.replace(config, parallel=parallel))
+    assert codes == [0] * sizes.world_size
     expected = load_file(merged / "model.safetensors")
     ours = {n: t for file in output.glob("*.safetensors") for n, t in load_file(file).items()}
     assert ours.keys() == expected.keys()

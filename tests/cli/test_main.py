@@ -155,8 +155,10 @@ def test_nproc_per_node_starts_ranks_of_an_export(export_words, started, monkeyp
     ("words", "message"),
     [
         ("--to_hf false", "exactly one of --to_hf true and --to_mcore true"),
-        ("--to_hf false --to_mcore true", "--to_mcore true: torch_dist comes with a later"),
-        ("--adapters", "--adapters is missing"),
+        ("--to_mcore true", "exactly one of --to_hf true and --to_mcore true"),
+        ("--mcore_adapter ./missing", "and --mcore_adapter ./missing: give one of them"),
+        ("--adapters --mcore_adapter ./missing", "--mcore_adapter ./missing: no such folder"),
+        ("--mcore_model ./missing", "--mcore_model ./missing: no such folder"),
         ("--adapters ./missing", "--adapters ./missing: no such folder"),
         ("--model ./missing", "--model ./missing: no such folder"),
         ("--output_dir .", "is not empty: give another folder, or --exist_ok true"),

@@ -325,9 +325,10 @@ def test_no_more_than_a_tenth_of_the_tokens_with_a_loss_is_excused(routed):
     assert not routed.report().passed
 
 
-def test_a_tie_excuses_no_nan(routed):
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_a_tie_excuses_no_nan_and_no_infinity(number, routed):
     routed.tie(1, 30)
-    routed.ours[1].hidden_states[1, 30, 0] = torch.nan
+    routed.ours[1].hidden_states[1, 30, 0] = number
     report = routed.report()
     assert report.first_departure == "layer 1"
     assert report.excused.num_tokens == 0

@@ -1,27 +1,30 @@
 """The `.metadata` file of a torch_dist checkpoint: which tensors, and where their chunks are.
 
 The one thing to know: torch stores it as a pickle, which could run code. Here it is read with a
-list of the few classes that hold plain data, and everything else in it is refused. That is the only
-pickle that mtrain reads; `common.pt` beside it is never opened.
+list of the few names that it needs, and everything else in it is refused. The names stand for empty
+classes made for this one reading and not for torch's, because a pickle may also change the classes
+that it is given. That is the only pickle that mtrain reads; `common.pt` beside it is never opened.
 Source: torch.distributed.checkpoint's `FileSystemWriter.finish` and `Metadata`.
 """
 
 from __future__ import annotations
 
-import collections
+import itertools
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata, planner
 
 METADATA_FILE = ".metadata"
 _MAX_BYTES = 2**30
+# Chunks lie on a grid, of which each is one cell or a few.
+_MAX_CELLS = 2**22
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.distcp")
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -44,6 +47,7 @@ _BROKEN = (
     EOFError,
     IndexError,
     KeyError,
+    MemoryError,
     OverflowError,
     RuntimeError,
     TypeError,
@@ -96,56 +100,100 @@ def read_metadata(folder: Path) -> dict[str, GlobalTensor]:
     path = folder / METADATA_FILE
     if not path.is_file():
         raise ValueError(f"{folder}: no torch_dist checkpoint ({METADATA_FILE} is missing)")
-    stored = _unpickle(path)
+    names, places = _unpickle(path)
+    sizes: dict[Path, int] = {}
     try:
-        places = {(index.fqn, tuple(index.offset or ())): at for index, at in stored[1].items()}
-        sizes: dict[Path, int] = {}
-        tensors = {}
-        for key, entry in stored[0].items():
-            if isinstance(entry, metadata.TensorStorageMetadata):
-                tensors[key] = _global_tensor(folder, key, entry, places, sizes)
+        at = {(index.fqn, tuple(index.offset or ())): place for index, place in places.items()}
+        return {
+            key: _global_tensor(folder, key, entry, at, sizes)
+            for key, entry in names.items()
+            if isinstance(entry, _Tensor)
+        }
     except (AttributeError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not the metadata of a checkpoint: {error!r}") from error
-    return tensors
+        raise ValueError(f"{path}: not the metadata of a checkpoint: {error!r:.400}") from error
 
 
 def _global_tensor(
     folder: Path,
     key: str,
-    entry: metadata.TensorStorageMetadata,
+    entry: _Tensor,
     places: Mapping[tuple[str, tuple[int, ...]], Any],
     sizes: dict[Path, int],
 ) -> GlobalTensor:
-    shape = tuple(entry.size)
+    if not isinstance(key, str) or not key.isprintable():
+        raise ValueError(f"{folder}: {METADATA_FILE} names a tensor {key!r:.200}")
+    shape = _lengths(entry.size)
     chunks = []
-    for chunk in entry.chunks:
-        offsets, extent = tuple(chunk.offsets), tuple(chunk.sizes)
-        at = places[key, offsets]
-        path = _file(folder, at.relative_path)
-        if path not in sizes:
-            sizes[path] = path.stat().st_size
-        if at.transform_descriptors:
-            raise ValueError(f"{path}: {key} is stored with {at.transform_descriptors}; not built")
-        if at.offset < 0 or at.length < 0 or at.offset + at.length > sizes[path]:
-            raise ValueError(
-                f"{path}: truncated: {key} ends at byte {at.offset + at.length}, the file has "
-                f"{sizes[path]}"
-            )
+    for stored in entry.chunks:
+        offsets, extent = _lengths(stored.offsets), _lengths(stored.sizes)
+        if not len(offsets) == len(extent) == len(shape):
+            raise ValueError(f"{folder}: {key}: a chunk at {offsets} has other axes than {shape}")
         ends = zip(offsets, extent, shape, strict=True)
-        if any(start < 0 or size < 0 or start + size > whole for start, size, whole in ends):
+        if any(start + size > whole for start, size, whole in ends):
             raise ValueError(f"{folder}: {key}: a chunk at {offsets} lies outside of {shape}")
-        chunks.append(Chunk(offsets, extent, path, at.offset, at.length))
-    if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape):
-        raise ValueError(f"{folder}: {key}: its chunks do not cover {shape}")
+        path, start, num_bytes = _place(folder, key, places[key, offsets], sizes)
+        chunks.append(Chunk(offsets, extent, path, start, num_bytes))
+    if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape) or _overlap(chunks):
+        raise ValueError(f"{folder}: {key}: its chunks do not cover {shape}, each place once")
     dtype = _DTYPE_NAMES.get(entry.properties.dtype)
     if dtype is None:
-        raise ValueError(f"{folder}: {key}: dtype {entry.properties.dtype} is not built")
+        raise ValueError(f"{folder}: {key}: dtype {entry.properties.dtype!r:.200} is not built")
     return GlobalTensor(dtype=dtype, shape=shape, chunks=tuple(chunks))
+
+
+def _lengths(values: Any) -> tuple[int, ...]:
+    """A shape or a position, which a hostile file may give as anything."""
+    for value in (result := tuple(values)):
+        if type(value) is not int or value < 0:
+            raise TypeError(f"{value!r:.200} is no length")
+    return result
+
+
+def _place(folder: Path, key: str, at: Any, sizes: dict[Path, int]) -> tuple[Path, int, int]:
+    """(file, first byte, bytes) of a chunk."""
+    path = _file(folder, at.relative_path)
+    if path not in sizes:
+        sizes[path] = path.stat().st_size
+    # Torch leaves it out where there are none.
+    if transforms := getattr(at, "transform_descriptors", None):
+        raise ValueError(f"{path}: {key} is stored with {transforms!r:.200}; not built")
+    start, num_bytes = _lengths((at.offset, at.length))
+    if start + num_bytes > sizes[path]:
+        raise ValueError(
+            f"{path}: truncated: {key} ends at byte {start + num_bytes}, the file has {sizes[path]}"
+        )
+    return path, start, num_bytes
+
+
+def _overlap(chunks: Sequence[Chunk]) -> bool:
+    """Whether a place is in two chunks, so that another may be in none though the sizes fit."""
+    if len(chunks) < 2:
+        return False
+    boxes = [tuple(zip(chunk.offsets, chunk.sizes, strict=True)) for chunk in chunks]
+    cuts = [
+        sorted({end for start, size in axis for end in (start, start + size)})
+        for axis in zip(*boxes, strict=True)
+    ]
+    seen: set[tuple[int, ...]] = set()
+    for box in boxes:
+        cells = itertools.product(
+            *(
+                range(bisect_left(cut, start), bisect_left(cut, start + size))
+                for cut, (start, size) in zip(cuts, box, strict=True)
+            )
+        )
+        for cell in cells:
+            if cell in seen or len(seen) == _MAX_CELLS:
+                return True
+            seen.add(cell)
+    return False
 
 
 def _file(folder: Path, name: str) -> Path:
     if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-        raise ValueError(f"{folder}: {METADATA_FILE} names the file {name!r}; only a plain name")
+        raise ValueError(
+            f"{folder}: {METADATA_FILE} names the file {name!r:.200}; only a plain name"
+        )
     path = folder / name
     if not path.is_file():
         raise ValueError(f"{folder}: {name} is missing")
@@ -163,63 +211,65 @@ def _unpickle(path: Path) -> tuple[dict[str, Any], dict[Any, Any]]:
             content = _DataUnpickler(file).load()
         names, places = content.state_dict_metadata, content.storage_data
     except _BROKEN as error:
-        raise ValueError(f"{path}: not the metadata of a checkpoint: {error}") from error
+        reason = error if isinstance(error, pickle.UnpicklingError) else repr(error)
+        raise ValueError(f"{path}: not the metadata of a checkpoint: {reason!s:.400}") from error
     if not isinstance(names, dict) or not isinstance(places, dict):
         raise ValueError(f"{path}: not the metadata of a checkpoint")
     return names, places
 
 
-class _MCoreMetadata(metadata.Metadata):
-    """What Megatron-Core 0.15 and older called its metadata, with a dictionary more."""
-
-
-class _Ignored:
-    """Stands for classes that only matter while a checkpoint is written."""
+class _Record:
+    """Some attributes, and nothing that they could do."""
 
     def __init__(self, *args: object) -> None:
         """Takes what it is given."""
 
 
-def _layout(name: str) -> torch.layout:
-    """torch.serialization's `_get_layout`, for the one layout that weights have."""
-    if name != "torch.strided":
-        raise pickle.UnpicklingError(f"layout {name!r}")
-    return torch.strided
+class _Tensor(_Record):
+    """What is stored about a tensor."""
+
+    size: Any
+    properties: Any
+    chunks: Any
 
 
-# A class may be named here only if making one of it and setting its attributes does nothing else.
-_ALLOWED: dict[tuple[str, str], Callable[..., Any] | torch.dtype] = {
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): _layout,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("pathlib", "PosixPath"): PurePosixPath,
-    ("pathlib._local", "PosixPath"): PurePosixPath,
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _MCoreMetadata,
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Ignored,
-    **{
-        (kind.__module__, kind.__name__): kind
-        for kind in (
-            metadata.BytesStorageMetadata,
-            metadata.ChunkStorageMetadata,
-            metadata.Metadata,
-            metadata.MetadataIndex,
-            metadata.StorageMeta,
-            metadata.TensorProperties,
-            metadata.TensorStorageMetadata,
-            metadata._MEM_FORMAT_ENCODING,
-            filesystem._StorageInfo,
-        )
-    },
-    **{
-        (kind.__module__, kind.__name__): _Ignored
-        for kind in (
-            filesystem._StoragePrefix,
-            planner.SavePlan,
-            planner.TensorWriteData,
-            planner.WriteItem,
-            planner.WriteItemType,
-        )
-    },
+class _Properties(_Record):
+    """Dtype and layout of a tensor."""
+
+    dtype: torch.dtype
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        """Takes what torch stores, of which only the dtype matters."""
+        self.dtype = state[0]
+
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_RECORDS = {
+    _METADATA: (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "torch.distributed.checkpoint.planner": (
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    ),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),
+    # Of its versions up to 0.15.
+    "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
+}
+# None of these can be changed, nor does calling one do anything else than make one.
+_VALUES: dict[tuple[str, str], type | torch.dtype] = {
+    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): dict,
     **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in _DTYPE_NAMES},
 }
 
@@ -227,8 +277,22 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any] | torch.dtype] = {
 class _DataUnpickler(pickle.Unpickler):
     """Refuses every name that is not on the list, before anything is called."""
 
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self._allowed: dict[tuple[str, str], type | torch.dtype] = {
+            **_VALUES,
+            (_METADATA, "TensorStorageMetadata"): type("_Tensor", (_Tensor,), {}),
+            (_METADATA, "TensorProperties"): type("_Properties", (_Properties,), {}),
+            **{
+                (module, name): type(name, (_Record,), {})
+                for module, names in _RECORDS.items()
+                for name in names
+            },
+        }
+
     def find_class(self, module: str, name: str) -> Any:
         """What a name of the pickle stands for."""
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which could run code")
-        return _ALLOWED[module, name]
+        if (module, name) not in self._allowed:
+            asked = f"{module}.{name}"
+            raise pickle.UnpicklingError(f"it asks for {asked!r:.200}, which could run code")
+        return self._allowed[module, name]

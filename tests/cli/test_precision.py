@@ -1,0 +1,69 @@
+"""Which two models the precision test compares, for every kind of export."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from mtrain.cli import precision
+from mtrain.cli.adapter_source import open_adapter
+from mtrain.cli.model_source import open_source
+from mtrain.config import ExportConfig, ExportOptions, ModelConfig, ParallelConfig, TunerConfig
+from tests.lora.peft_folders import save_with_peft
+from tests.tiny import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3")
+
+
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    save_with_peft(model, folder, r=2, lora_alpha=2, target_modules=["q_proj"])
+    return folder
+
+
+def sides_of(model: Path, *, adapter=None, exported=None, folder="out", merge=False, **options):
+    config = ExportConfig(
+        model=ModelConfig(model=str(model), torch_dtype=options.pop("torch_dtype", None)),
+        tuner=TunerConfig(adapters=(str(adapter),) if adapter else (), merge_lora=merge),
+        export=ExportOptions(**options),
+    )
+    source = open_source(config.model, ParallelConfig(), world_size=1, download=False)
+    opened = open_adapter(config, source)
+    sides = precision._sides(config, source, opened, exported=exported, folder=Path(folder))
+    return source, opened, sides
+
+
+def test_what_was_written_for_hugging_face_is_the_judge(model) -> None:
+    exported = object()
+    _, _, sides = sides_of(model, to_hf=True, exported=exported)
+    assert (sides.weights, sides.adapter) == (exported, None)
+    assert (sides.hf_folder, sides.peft_folder) == (Path("out"), None)
+
+
+def test_a_merged_model_has_no_adapter_on_either_side(model, adapter) -> None:
+    exported = object()
+    _, _, sides = sides_of(model, adapter=adapter, merge=True, to_hf=True, exported=exported)
+    assert (sides.weights, sides.adapter, sides.peft_folder) == (exported, None, None)
+
+
+def test_an_adapter_that_was_written_is_put_on_the_model_it_belongs_to(model, adapter) -> None:
+    source, opened, sides = sides_of(model, adapter=adapter, to_hf=True)
+    assert (sides.weights, sides.adapter) == (source.weights, opened)
+    assert (sides.hf_folder, sides.peft_folder) == (model, Path("out"))
+
+
+def test_what_was_written_for_megatron_is_read_back(model, adapter, monkeypatch) -> None:
+    monkeypatch.setattr(precision, "open_torch_dist_model", lambda folder, _: ("model", folder))
+    monkeypatch.setattr(precision, "read_torch_dist_adapter", lambda folder, _: ("lora", folder))
+    _, _, sides = sides_of(model, to_mcore=True, exported=object(), torch_dtype="bfloat16")
+    assert sides.weights == ("model", Path("out"))
+    assert (sides.hf_folder, sides.peft_folder) == (model, None)
+    assert str(sides.stored_dtype) == "torch.bfloat16"
+    source, opened, sides = sides_of(model, adapter=adapter, to_mcore=True)
+    assert sides.weights == source.weights
+    assert sides.adapter == dataclasses.replace(opened, stored=("lora", Path("out")))
+    assert (sides.hf_folder, sides.peft_folder) == (model, adapter)
