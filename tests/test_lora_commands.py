@@ -128,3 +128,37 @@ def test_training_goes_on_from_an_adapter(trained, machine, data_words, merged, 
     expected = load_file(merged / "model.safetensors")
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_training_starts_from_megatrons_format_too(
+    trained, machine, data_words, merged, tmp_path
+) -> None:
+    """Model and adapter as torch_dist, without a learning rate: what comes out is what went in."""
+    folder, _ = trained
+    model, adapter = tmp_path / "model-mcore", tmp_path / "adapter-mcore"
+    sources = {
+        model: ("--model", str(machine.model)),
+        adapter: (
+            *("--model", str(machine.model), "--adapters", str(folder / "checkpoint-8")),
+            *("--merge_lora", "false"),
+        ),
+    }
+    for output, words in sources.items():
+        done = machine.megatron("export", *words, "--to_mcore", "true", "--output_dir", str(output))
+        assert done.code == 0, done.stderr
+    done = machine.sft(
+        *("--mcore_model", str(model), *data_words, "--global_batch_size", "4"),
+        *("--tuner_type", "lora", "--mcore_adapter", str(adapter)),
+        *("--lr", "0", "--train_iters", "1", "--merge_lora", "true", "--report_to", "none"),
+        *("--tensor_model_parallel_size", "2"),
+        *("--output_dir", str(tmp_path / "out"), "--add_version", "false"),
+        num_ranks=2,
+    )
+    assert done.code == 0, done.stderr
+    assert logged(tmp_path / "out", "eval_loss") == pytest.approx(
+        logged(folder, "eval_loss")[-1:], rel=1e-5
+    )
+    ours = load_file(tmp_path / "out" / "checkpoint-1" / "model.safetensors")
+    expected = load_file(merged / "model.safetensors")
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)

@@ -67,7 +67,7 @@ def test_every_layer_equals_hugging_face(name, sizes, judge):
     folder, texts, theirs = judge(name, torch.float32)
     layout = (LAYOUTS | EXPERT_LAYOUTS)[sizes]
     first, *others = run_ranks(layout, outputs_of, folder, texts, torch.float32)
-    report = compare_outputs(first, theirs, texts, dtype=torch.float32, has_experts=False)
+    report = compare_outputs(first, theirs, texts, dtype=torch.float32)
     assert report.passed, "\n".join(report.table())
     # The stated threshold leaves room for large models; tiny ones are far below.
     assert max(row.max_relative for row in report.rows) < 1e-5
@@ -86,7 +86,7 @@ def test_half_precision_passes(name, sizes, dtype, judge):
     folder, texts, theirs = judge(name, dtype)
     layout = (LAYOUTS | EXPERT_LAYOUTS)[sizes]
     ours = run_ranks(layout, outputs_of, folder, texts, dtype)[0]
-    report = compare_outputs(ours, theirs, texts, dtype=dtype, has_experts=False)
+    report = compare_outputs(ours, theirs, texts, dtype=dtype)
     assert report.passed, "\n".join(report.table())
 
 
@@ -109,9 +109,9 @@ def test_an_adapted_model_equals_peft(name, sizes, judge, tmp_path):
     )
     layout = (LAYOUTS | EXPERT_LAYOUTS)[sizes]
     ours = run_ranks(layout, adapted_outputs, folder, lora, values, texts)[0]
-    report = compare_outputs(ours, theirs, texts, dtype=torch.float32, has_experts=False)
+    report = compare_outputs(ours, theirs, texts, dtype=torch.float32)
     assert report.passed, "\n".join(report.table())
-    plainly = compare_outputs(ours, plain, texts, dtype=torch.float32, has_experts=False)
+    plainly = compare_outputs(ours, plain, texts, dtype=torch.float32)
     assert plainly.first_departure == "layer 0"
 
 

@@ -101,11 +101,11 @@ def read_metadata(folder: Path) -> dict[str, GlobalTensor]:
     if not path.is_file():
         raise ValueError(f"{folder}: no torch_dist checkpoint ({METADATA_FILE} is missing)")
     names, places = _unpickle(path)
-    sizes: dict[Path, int] = {}
+    files: dict[str, tuple[Path, int]] = {}
     try:
-        at = {(index.fqn, tuple(index.offset or ())): place for index, place in places.items()}
+        at = {(index.fqn, _offset(index)): place for index, place in places.items()}
         return {
-            key: _global_tensor(folder, key, entry, at, sizes)
+            key: _global_tensor(folder, key, entry, at, files)
             for key, entry in names.items()
             if isinstance(entry, _Tensor)
         }
@@ -118,7 +118,7 @@ def _global_tensor(
     key: str,
     entry: _Tensor,
     places: Mapping[tuple[str, tuple[int, ...]], Any],
-    sizes: dict[Path, int],
+    files: dict[str, tuple[Path, int]],
 ) -> GlobalTensor:
     if not isinstance(key, str) or not key.isprintable():
         raise ValueError(f"{folder}: {METADATA_FILE} names a tensor {key!r:.200}")
@@ -131,7 +131,7 @@ def _global_tensor(
         ends = zip(offsets, extent, shape, strict=True)
         if any(start + size > whole for start, size, whole in ends):
             raise ValueError(f"{folder}: {key}: a chunk at {offsets} lies outside of {shape}")
-        path, start, num_bytes = _place(folder, key, places[key, offsets], sizes)
+        path, start, num_bytes = _place(folder, key, places[key, offsets], files)
         chunks.append(Chunk(offsets, extent, path, start, num_bytes))
     if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape) or _overlap(chunks):
         raise ValueError(f"{folder}: {key}: its chunks do not cover {shape}, each place once")
@@ -139,6 +139,11 @@ def _global_tensor(
     if dtype is None:
         raise ValueError(f"{folder}: {key}: dtype {entry.properties.dtype!r:.200} is not built")
     return GlobalTensor(dtype=dtype, shape=shape, chunks=tuple(chunks))
+
+
+def _offset(index: Any) -> tuple[int, ...]:
+    # Torch leaves it out where there is none.
+    return tuple(getattr(index, "offset", None) or ())
 
 
 def _lengths(values: Any) -> tuple[int, ...]:
@@ -149,18 +154,20 @@ def _lengths(values: Any) -> tuple[int, ...]:
     return result
 
 
-def _place(folder: Path, key: str, at: Any, sizes: dict[Path, int]) -> tuple[Path, int, int]:
+def _place(
+    folder: Path, key: str, at: Any, files: dict[str, tuple[Path, int]]
+) -> tuple[Path, int, int]:
     """(file, first byte, bytes) of a chunk."""
-    path = _file(folder, at.relative_path)
-    if path not in sizes:
-        sizes[path] = path.stat().st_size
-    # Torch leaves it out where there are none.
+    if at.relative_path not in files:
+        found = _file(folder, at.relative_path)
+        files[at.relative_path] = found, found.stat().st_size
+    path, file_bytes = files[at.relative_path]
     if transforms := getattr(at, "transform_descriptors", None):
         raise ValueError(f"{path}: {key} is stored with {transforms!r:.200}; not built")
     start, num_bytes = _lengths((at.offset, at.length))
-    if start + num_bytes > sizes[path]:
+    if start + num_bytes > file_bytes:
         raise ValueError(
-            f"{path}: truncated: {key} ends at byte {start + num_bytes}, the file has {sizes[path]}"
+            f"{path}: truncated: {key} ends at byte {start + num_bytes}, the file has {file_bytes}"
         )
     return path, start, num_bytes
 
