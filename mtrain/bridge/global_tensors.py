@@ -34,6 +34,7 @@ class GlobalParameter:
         shape: Its shape, without the axes of layers and experts.
         pieces: What it is made of.
         may_be_padded: Whether checkpoints may have rows more (of a padded vocabulary).
+        has_gaps: Whether there are elements that no piece fills; they are zero.
     """
 
     name: str
@@ -43,6 +44,7 @@ class GlobalParameter:
     shape: Shape
     pieces: tuple[Piece, ...]
     may_be_padded: bool
+    has_gaps: bool
 
     def key(self, *, stacked: bool) -> str:
         """Name in a checkpoint that stacks layers, or in one that does not."""
@@ -121,4 +123,5 @@ def _global(parameter: ParameterPlan, table: WeightTable, is_padded: bool) -> Gl
         shape=parameter.shape[1:] if has_experts else parameter.shape,
         pieces=parameter.pieces,
         may_be_padded=is_padded,
+        has_gaps=parameter.num_padding > 0,
     )

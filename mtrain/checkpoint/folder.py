@@ -42,7 +42,11 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _VERSION = re.compile(r"v(\d+)-\d{8}-\d{6}")
 _STAGED = ".staged-"
 # Files of a model or an adapter that loaders look for.
-_WEIGHTS = re.compile(r"\.safetensors$|\.safetensors\.index\.json$|^adapter_config\.json$")
+_WEIGHTS = re.compile(
+    r"\.safetensors$|\.safetensors\.index\.json$|^adapter_config\.json$|^adapter_tensors\.json$"
+    r"|^base_model\.json$"
+)
+_ITERATION = re.compile(r"iter_\d{7,}|release")
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +267,8 @@ def _check_free(final: Path, sources: Sequence[Path], exist_ok: bool) -> None:
     """Refuses to write into a folder that is in use."""
     if not final.exists():
         return
-    if any(final.samefile(source) for source in sources):
+    in_use = [final, *(path for path in _replaced(final) if path.is_dir())]
+    if any(path.samefile(source) for path in in_use for source in sources):
         what = "the model was loaded from it"
     elif not final.is_dir():
         what = "it is a file"
@@ -314,8 +319,11 @@ def _move_into(staged: Path, final: Path) -> None:
     Its old manifest and weights go first, the new ones come last.
     """
     (final / MANIFEST_FILE).unlink(missing_ok=True)
-    for path in final.iterdir():
-        if _WEIGHTS.search(path.name):
+    for path in _replaced(final):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+            (final / LATEST_FILE).unlink(missing_ok=True)
+        else:
             path.unlink()
     files = (path for path in staged.rglob("*") if path.is_file())
     for path in sorted(files, key=_place_in_order):
@@ -325,6 +333,22 @@ def _move_into(staged: Path, final: Path) -> None:
     shutil.rmtree(staged)
     for folder, _, _ in os.walk(final, topdown=False):
         _fsync(Path(folder))
+
+
+def _replaced(final: Path) -> list[Path]:
+    """The weights in a folder: files, and folders of Megatron-Core's iterations."""
+    if not final.is_dir():
+        return []
+    return [
+        path
+        for path in final.iterdir()
+        if (_ITERATION.fullmatch(path.name) and _is_iteration(path))
+        or (_WEIGHTS.search(path.name) and not path.is_dir())
+    ]
+
+
+def _is_iteration(path: Path) -> bool:
+    return path.is_dir() and ((path / ".metadata").exists() or any(path.glob("*.distcp")))
 
 
 def _place_in_order(path: Path) -> tuple[bool, bool, str]:

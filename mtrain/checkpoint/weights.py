@@ -20,10 +20,10 @@ from mtrain.bridge.gather import TensorLookup
 from mtrain.bridge.plan import Backend, hf_tensors, weight_table
 from mtrain.bridge.save import save_weights
 from mtrain.bridge.written import WrittenFile, record_file, write_json
-from mtrain.checkpoint.folder import Retention, publish_checkpoint, publish_folder
+from mtrain.checkpoint.folder import Retention, publish_checkpoint
 from mtrain.parallel import ParallelState
 
-__all__ = ["WeightsFormat", "export_model", "save_checkpoint"]
+__all__ = ["WeightsFormat", "save_checkpoint"]
 
 # What belongs to a tokenizer or to generation, in all spellings that transformers knows.
 _COPIED = (
@@ -97,39 +97,6 @@ def save_checkpoint(
         num_bytes=_num_bytes(form),
         retention=Retention(limit=save_total_limit, protected=form.source),
         source=_source(form),
-    )
-
-
-def export_model(
-    folder: Path,
-    lookup: TensorLookup,
-    *,
-    form: WeightsFormat,
-    arguments: Mapping[str, Any],
-    state: ParallelState,
-    exist_ok: bool,
-) -> None:
-    """Saves the model of all ranks as a folder that is no checkpoint of a run.
-
-    Args:
-        folder: Its name.
-        lookup: Finds the weights of this rank, as for `save_weights`.
-        form: How weights are written.
-        arguments: The resolved configuration, for args.json.
-        state: This rank; every rank must call this.
-        exist_ok: See `publish_folder`.
-
-    Raises:
-        SaveError: On every rank.
-    """
-    publish_folder(
-        folder,
-        functools.partial(_write, lookup, form, arguments, state),
-        state=state,
-        num_bytes=_num_bytes(form),
-        source=_source(form),
-        sources=[form.source],
-        exist_ok=exist_ok,
     )
 
 

@@ -1,10 +1,11 @@
 """Tensors are read out of the files that hold them, and a file is opened when it is needed."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mtrain.bridge import safetensors_reader
@@ -30,15 +31,21 @@ def tensors(tmp_path):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Names of the files that were opened so far."""
-    names = []
+    """Names of the files that were opened so far, with their descriptors."""
+    found = []
+    open_file = os.open
 
-    def spy(path, framework):
-        names.append(path.name)
-        return safe_open(path, framework=framework)
+    def spy(path, flags):
+        descriptor = open_file(path, flags)
+        found.append((path.name, descriptor))
+        return descriptor
 
-    monkeypatch.setattr(safetensors_reader, "safe_open", spy)
-    return names
+    monkeypatch.setattr(safetensors_reader.os, "open", spy)
+    return found
+
+
+def is_open(descriptor: int) -> bool:
+    return Path(f"/proc/self/fd/{descriptor}").exists()
 
 
 def test_parts_are_those_of_the_tensors_in_all_files(tensors):
@@ -56,7 +63,7 @@ def test_a_file_is_opened_when_it_is_first_needed_and_once(tensors, opened):
         assert opened == []
         for name in ("c", "c", "a", "b", "c"):
             reader.slices(name)
-        assert opened == ["two", "one"]
+        assert [name for name, _ in opened] == ["two", "one"]
 
 
 def test_threads_open_a_file_once(tensors, opened):
@@ -64,7 +71,7 @@ def test_threads_open_a_file_once(tensors, opened):
         parts = threads.map(lambda name: reader.slices(name)[:], ["a", "b", "c"] * 30)
         for name, part in zip(["a", "b", "c"] * 30, parts, strict=True):
             assert torch.equal(part, ALL[name])
-    assert sorted(opened) == ["one", "two"]
+    assert sorted(name for name, _ in opened) == ["one", "two"]
 
 
 def test_an_unknown_name_is_a_bug_of_the_caller(tensors):
@@ -72,22 +79,18 @@ def test_an_unknown_name_is_a_bug_of_the_caller(tensors):
         reader.slices("unknown")
 
 
-def test_files_are_closed_at_the_end(tensors, monkeypatch):
-    closed = []
-
-    class Spy:
-        def __init__(self, path, framework):
-            self._path, self._file = path, safe_open(path, framework=framework)
-
-        def __enter__(self):
-            return self._file.__enter__()
-
-        def __exit__(self, *exception):
-            closed.append(self._path.name)
-            return self._file.__exit__(*exception)
-
-    monkeypatch.setattr(safetensors_reader, "safe_open", Spy)
+def test_files_are_closed_at_the_end(tensors, opened):
     with SafetensorsReader(tensors) as reader:
         reader.slices("a")
-        assert closed == []
-    assert closed == ["one"]
+        reader.slices("c")
+        assert [is_open(descriptor) for _, descriptor in opened] == [True, True]
+    assert [is_open(descriptor) for _, descriptor in opened] == [False, False]
+
+
+def test_a_file_that_is_cut_short_meanwhile_is_named(tensors):
+    with SafetensorsReader(tensors) as reader:
+        part = reader.slices("c")
+        path = tensors["c"].path
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(OSError, match=f"{path}: was cut short while it was read"):
+            part[:]

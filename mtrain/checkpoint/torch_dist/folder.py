@@ -51,8 +51,8 @@ def iteration_folder(root: Path) -> Path:
         raise ValueError(
             f"{root}: no torch_dist checkpoint (neither {LATEST_FILE} nor {METADATA_FILE})"
         )
-    text = tracker.read_text(encoding="utf-8").strip()
-    if not re.fullmatch(r"\d{1,12}|release", text):
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[0-9]{1,12}|release", text):
         raise ValueError(f"{tracker}: {text[:40]!r} is no iteration")
     folder = root / (text if text == "release" else iteration_name(int(text)))
     if not folder.is_dir():

@@ -9,8 +9,10 @@ Source: torch.distributed.checkpoint's `FileSystemWriter.finish` and `Metadata`.
 
 from __future__ import annotations
 
+import io
 import itertools
 import pickle
+import pickletools
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -40,6 +42,7 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_NUMBERED = ("PUT", "BINPUT", "LONG_BINPUT")
 # What pickle raises for bytes that are none, besides an UnpicklingError.
 _BROKEN = (
     pickle.UnpicklingError,
@@ -214,8 +217,9 @@ def _unpickle(path: Path) -> tuple[dict[str, Any], dict[Any, Any]]:
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path}: larger than {_MAX_BYTES} bytes; this is no metadata")
     try:
-        with path.open("rb") as file:
-            content = _DataUnpickler(file).load()
+        data = path.read_bytes()
+        _check_numbers(data)
+        content = _DataUnpickler(io.BytesIO(data)).load()
         names, places = content.state_dict_metadata, content.storage_data
     except _BROKEN as error:
         reason = error if isinstance(error, pickle.UnpicklingError) else repr(error)
@@ -223,6 +227,13 @@ def _unpickle(path: Path) -> tuple[dict[str, Any], dict[Any, Any]]:
     if not isinstance(names, dict) or not isinstance(places, dict):
         raise ValueError(f"{path}: not the metadata of a checkpoint")
     return names, places
+
+
+def _check_numbers(data: bytes) -> None:
+    """Refuses numbers of objects so high that unpickling would take up all memory for a table."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in _NUMBERED and argument > len(data):
+            raise pickle.UnpicklingError(f"it numbers an object {argument}")
 
 
 class _Record:

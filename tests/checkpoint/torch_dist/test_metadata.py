@@ -1,8 +1,9 @@
-"""What torch and mtrain write is read; whatever else a `.metadata` file asks for is refused."""
+"""What torch writes is read; whatever else a `.metadata` file asks for is refused."""
 
 import fractions
 import os
 import pickle
+import resource
 import sys
 import types
 from dataclasses import dataclass, field
@@ -14,13 +15,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
-from mtrain.bridge.plan import weight_table
-from mtrain.bridge.safetensors_folder import open_checkpoint
-from mtrain.checkpoint.torch_dist.metadata import Chunk, GlobalTensor, read_metadata
-from mtrain.checkpoint.torch_dist.streaming.writer import save_torch_dist
-from tests.megatron import SINGLE, read_config
-from tests.ranks import run_ranks
-from tests.tiny import make_checkpoint
+from mtrain.checkpoint.torch_dist.metadata import GlobalTensor, read_metadata
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 VALUES = {
     "weight": torch.arange(12.0).view(4, 3),
@@ -72,35 +69,6 @@ def test_what_torch_writes_is_read(folder) -> None:
         assert chunk.offsets == (0,) * len(tensor.shape)
 
 
-def write(state, source: Path, folder: Path) -> None:
-    table = weight_table(read_config(source))
-    options = {"rank": 0, "world_size": 1, "iteration": 1}
-    save_torch_dist(open_checkpoint(source), folder, table=table, **options)
-
-
-def test_what_mtrain_writes_is_read(tmp_path) -> None:
-    """As torch reads it itself."""
-    folder = tmp_path / "saved"
-    folder.mkdir()
-    run_ranks(SINGLE, write, make_checkpoint(tmp_path / "hf", "qwen2"), folder)
-    expected = pickle.loads((folder / ".metadata").read_bytes())
-    tensors = {
-        key: entry
-        for key, entry in expected.state_dict_metadata.items()
-        if isinstance(entry, metadata.TensorStorageMetadata)
-    }
-    found = read_metadata(folder)
-    assert found.keys() == tensors.keys()
-    for key, entry in tensors.items():
-        chunks = []
-        for chunk in entry.chunks:
-            at = expected.storage_data[metadata.MetadataIndex(key, chunk.offsets)]
-            box = (tuple(chunk.offsets), tuple(chunk.sizes))
-            chunks.append(Chunk(*box, folder / at.relative_path, at.offset, at.length))
-        shape = tuple(entry.size)
-        assert found[key] == GlobalTensor(dtype="F32", shape=shape, chunks=tuple(chunks))
-
-
 @dataclass
 class MCoreMetadata(metadata.Metadata):
     """As in Megatron-Core 0.12."""
@@ -129,10 +97,8 @@ def test_what_older_versions_of_megatron_core_write_is_read(folder, monkeypatch)
     extra = {"weight": {"nd_reformulated_orig_global_shape": (4, 3)}}
     plan = MCoreSavePlan([item], storage_data=filesystem._StoragePrefix("__0_"), mcore_data=extra)
     content = MCoreMetadata(**vars(content) | {"planner_data": [plan]}, mcore_data=extra)
-    written = pickle.dumps(content)
-    assert b"MCoreMetadata" in written
-    assert b"MCoreSavePlan" in written
-    (folder / ".metadata").write_bytes(written)
+    (folder / ".metadata").write_bytes(written := pickle.dumps(content))
+    assert written.count(b"MCore") == 2
     assert read_metadata(folder) == expected
 
 
@@ -149,15 +115,11 @@ class Call:
 HOSTILE = {
     "posix.system": lambda path: Call(os.system, f"touch {path}"),
     "builtins.eval": lambda path: Call(eval, f"open({str(path)!r}, 'w')"),
-    "builtins.exec": lambda path: Call(exec, f"open({str(path)!r}, 'w')"),
     "io.open": lambda path: Call(open, str(path), "w"),
     "torch.serialization.load": lambda path: Call(torch.load, str(path)),
     "builtins.getattr": lambda path: Call(getattr, Call(__import__, "os"), "system"),
     "fractions.Fraction": lambda path: fractions.Fraction(1, 3),
     "torch._utils._rebuild_tensor_v2": lambda path: torch.ones(2),
-    "torch.distributed.checkpoint.filesystem.FileSystemWriter": lambda path: Call(
-        dcp.FileSystemWriter, path
-    ),
 }
 
 
@@ -237,10 +199,9 @@ def test_a_pickle_cannot_change_classes_of_this_process(folder, module, name, at
 
 def test_a_file_that_is_cut_off_anywhere_is_refused(folder) -> None:
     """T20."""
-    path = folder / ".metadata"
-    content = path.read_bytes()
+    content = (folder / ".metadata").read_bytes()
     for percent in range(100):
-        path.write_bytes(content[: len(content) * percent // 100])
+        (folder / ".metadata").write_bytes(content[: len(content) * percent // 100])
         assert "not the metadata of a checkpoint" in refusal(folder)
 
 
@@ -261,6 +222,23 @@ def test_a_file_with_a_wrong_byte_is_refused_or_read_as_data(folder, change) -> 
             assert all(isinstance(tensor, GlobalTensor) for tensor in found.values())
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"Nr\xff\xff\xff\x3f.", b"Np1073741824\n.", b"\x8e" + b"\xff" * 6 + b"\0\0.", b"(" * 9],
+    ids=["number", "number in text", "length", "marks"],
+)
+def test_a_small_file_does_not_take_much_memory(folder, content) -> None:
+    """T20: numbers and lengths in it are not believed."""
+    (folder / ".metadata").write_bytes(b"\x80\x04" + content)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, limits[1]))
+    try:
+        assert "MemoryError" not in refusal(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 def test_a_file_that_is_too_large_is_not_read(folder) -> None:
     with (folder / ".metadata").open("r+b") as file:
         file.truncate(2**30 + 1)
@@ -274,12 +252,7 @@ def test_a_folder_without_one_is_no_checkpoint(tmp_path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        {},
-        [1],
-        7,
-        None,
-        "text",
-        metadata.BytesStorageMetadata(),
+        *({}, [1], 7, None, "text", metadata.BytesStorageMetadata()),
         metadata.Metadata({}, None, None),
         metadata.Metadata([], None, {}),
         metadata.Metadata({}, None, {"weight": 1}),
@@ -364,14 +337,6 @@ def test_only_plain_names_of_data_files_are_followed(folder, name) -> None:
     assert f"names the file {name!r}; only a plain name" in refusal(folder)
 
 
-def test_an_absolute_path_is_not_followed(folder) -> None:
-    """T22."""
-    outside = folder.parent / "outside.distcp"
-    outside.write_bytes(bytes(10**5))
-    rewrite(folder, lambda c: setattr(place_of(c, "weight"), "relative_path", str(outside)))
-    assert "only a plain name" in refusal(folder)
-
-
 def test_a_link_that_leaves_the_folder_is_not_followed(folder) -> None:
     """T22; one within it is."""
     [data] = folder.glob("*.distcp")
@@ -420,10 +385,7 @@ def test_a_place_that_makes_no_sense_is_refused(folder, changes, problem) -> Non
 
 @pytest.mark.parametrize("key", [7, None, "two\nlines", "\x1b[2J"])
 def test_a_tensor_without_a_decent_name_is_refused(folder, key) -> None:
-    def rename(content) -> None:
-        content.state_dict_metadata[key] = content.state_dict_metadata.pop("weight")
-
-    rewrite(folder, rename)
+    rewrite(folder, lambda c: c.state_dict_metadata.update({key: c.state_dict_metadata["weight"]}))
     assert f"names a tensor {key!r}" in refusal(folder)
 
 
@@ -433,8 +395,6 @@ def test_a_tensor_that_is_stored_nowhere_is_refused(folder) -> None:
 
 
 def test_a_dtype_that_weights_do_not_have_is_refused(folder) -> None:
-    def change(content) -> None:
-        content.state_dict_metadata["weight"].properties.dtype = torch.complex64
-
-    rewrite(folder, change)
+    complex_ = metadata.TensorProperties(dtype=torch.complex64)
+    rewrite(folder, lambda c: vars(c.state_dict_metadata["weight"]).update(properties=complex_))
     assert "it asks for 'torch.complex64'" in refusal(folder)

@@ -93,7 +93,8 @@ class Unit:
 
     def make(self, source: TensorSource) -> torch.Tensor:
         """Its values, with an axis of one for each that is in front."""
-        tensor = torch.zeros(self.shape, dtype=self.dtype)
+        new = torch.zeros if self.parameter.has_gaps else torch.empty
+        tensor = new(self.shape, dtype=self.dtype)
         for piece in self.parameter.pieces_of(self.expert):
             for theirs, ours in _clipped(piece, self.start, self.start + self.shape[0]):
                 target = view_box(tensor, (ours.shifted(-self.start), *piece.local[1:]))

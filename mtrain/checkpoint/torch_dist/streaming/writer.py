@@ -258,12 +258,11 @@ class _HashingFile(io.RawIOBase):
 
     def __init__(self, path: Path) -> None:
         self._hasher = FileHasher(path.name, ())
-        self._file = path.open("xb")
+        self._file = path.open("xb", buffering=0)
 
     def __exit__(self, kind: object, *rest: object) -> None:
         with self._file:
             if kind is None:
-                self._file.flush()
                 os.fsync(self._file.fileno())
 
     def writable(self) -> bool:
@@ -277,7 +276,11 @@ class _HashingFile(io.RawIOBase):
     def write(self, data: bytes | memoryview) -> int:
         """Appends bytes."""
         self._hasher.add_header(data)
-        return self._file.write(data)
+        rest = memoryview(data)
+        while rest:
+            # An unbuffered file may take less than it was given.
+            rest = rest[self._file.write(rest) :]
+        return len(data)
 
     @property
     def written(self) -> WrittenFile:
