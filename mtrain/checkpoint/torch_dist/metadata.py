@@ -44,7 +44,7 @@ _DTYPE_NAMES = {
 }
 _NUMBERED = ("PUT", "BINPUT", "LONG_BINPUT")
 # What pickle raises for bytes that are none, besides an UnpicklingError.
-_BROKEN = (
+BROKEN_PICKLE = (
     pickle.UnpicklingError,
     AttributeError,
     EOFError,
@@ -221,7 +221,7 @@ def _unpickle(path: Path) -> tuple[dict[str, Any], dict[Any, Any]]:
         _check_numbers(data)
         content = _DataUnpickler(io.BytesIO(data)).load()
         names, places = content.state_dict_metadata, content.storage_data
-    except _BROKEN as error:
+    except BROKEN_PICKLE as error:
         reason = error if isinstance(error, pickle.UnpicklingError) else repr(error)
         raise ValueError(f"{path}: not the metadata of a checkpoint: {reason!s:.400}") from error
     if not isinstance(names, dict) or not isinstance(places, dict):

@@ -24,7 +24,12 @@ from mtrain.bridge.plan import Shape, hf_tensors
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.slices import view_box
 from mtrain.bridge.spans import Piece, Span, clip
-from mtrain.checkpoint.torch_dist.metadata import Chunk, GlobalTensor, read_metadata
+from mtrain.checkpoint.torch_dist.metadata import (
+    BROKEN_PICKLE,
+    Chunk,
+    GlobalTensor,
+    read_metadata,
+)
 
 # Chunks that are kept for the next question, besides the last one.
 _KEPT_BYTES = 512 * 2**20
@@ -228,8 +233,10 @@ def _load(chunk: Chunk, descriptor: int) -> torch.Tensor:
     file = _FilePart(descriptor, chunk.start, chunk.num_bytes)
     try:
         tensor = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
-        raise ValueError(f"{chunk.path}: cannot be read at byte {chunk.start}: {error}") from error
+    except (*BROKEN_PICKLE, OSError) as error:
+        # Torch goes on for lines, about how to read it with all that could run code.
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.100}"
+        raise ValueError(f"{chunk.path}: cannot be read at byte {chunk.start}: {reason}") from error
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
         raise ValueError(f"{chunk.path}: the entry at byte {chunk.start} is no {chunk.sizes}")
     return tensor

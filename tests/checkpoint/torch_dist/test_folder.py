@@ -160,7 +160,7 @@ def test_an_adapter_comes_back_as_it_was(converted) -> None:
 
 
 def copied(converted: Path, name: str, root: Path) -> Path:
-    """The folder once more, of links that a test may replace."""
+    """The folder once more, for a test to change."""
     for path in (converted / name).rglob("*"):
         if path.is_file():
             target = root / path.relative_to(converted / name)

@@ -1,12 +1,15 @@
 """What Megatron-Core saves is read by Hugging Face names, in any layout, without its loader."""
 
+import os
+
 import pytest
 import torch
 
 from mtrain.bridge.plan import weight_table
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.checkpoint.torch_dist.folder import open_torch_dist_model
-from mtrain.checkpoint.torch_dist.reader import open_torch_dist
+from mtrain.checkpoint.torch_dist.metadata import Chunk
+from mtrain.checkpoint.torch_dist.reader import _load, open_torch_dist
 from mtrain.parallel import ParallelLayout
 from mtrain.verify.compare import compare_checkpoints
 from tests.checkpoint.torch_dist.stock import expected_tensors, save_with_megatron, stock_model
@@ -86,3 +89,29 @@ def test_what_is_missing_or_too_much_is_named(saved, tmp_path) -> None:
     more = weight_table({**config, "num_hidden_layers": 6, "mlp_only_layers": []})
     with pytest.raises(ValueError, match=r"wrong shape: |missing: "):
         open_torch_dist(folder, more)
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path) -> None:
+        self._path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self._path),)
+
+
+@pytest.mark.parametrize("what", ["code", "list", "other shape", "cut", "empty", "zeros"])
+def test_a_chunk_that_is_no_tensor_is_refused_in_one_line(tmp_path, what) -> None:
+    """T25, T20: nothing of it runs."""
+    made, path = tmp_path / "made", tmp_path / "x.distcp"
+    entries = {"code": Hostile(made), "list": [1], "other shape": torch.ones(5)}
+    torch.save(entries.get(what, torch.ones(4)), path)
+    content = path.read_bytes()
+    content = {"cut": content[:500], "empty": b"", "zeros": bytes(500)}.get(what, content)
+    path.write_bytes(content)
+    with path.open("rb") as file, pytest.raises(ValueError) as caught:
+        _load(Chunk((0,), (4,), path, 0, len(content)), file.fileno())
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    assert not made.exists()
