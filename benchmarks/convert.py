@@ -33,8 +33,8 @@ import torch
 from shapes import SHAPES
 
 from mtrain.bridge.convert import num_threads, write_weights
-from mtrain.bridge.converted import ConvertedTensor
 from mtrain.bridge.plan import Shape, hf_tensors, weight_table
+from mtrain.bridge.sources import TensorShape
 from mtrain.config.checkpoint import parse_byte_size
 
 HEADER = "| step | start-up s | work s | GB/s | of raw | peak anonymous GB | peak RSS GB | CPU s |"
@@ -75,7 +75,7 @@ class RandomWeights:
 
     def __init__(self, folder: Path, tensors: Mapping[str, Shape], *, pool_size: int) -> None:
         self.folder = folder
-        self.tensors = {name: ConvertedTensor("BF16", shape) for name, shape in tensors.items()}
+        self.tensors = {name: TensorShape("BF16", shape) for name, shape in tensors.items()}
         self._pool = torch.empty(pool_size, dtype=torch.bfloat16).normal_(std=0.02)
 
     @contextmanager

@@ -17,24 +17,10 @@ from typing import Any
 
 import torch
 
-from mtrain.bridge.plan import Shape
 from mtrain.bridge.save import DTYPE_NAMES
-from mtrain.bridge.sources import StoredWeights, TensorSource
+from mtrain.bridge.sources import StoredWeights, TensorShape, TensorSource
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class ConvertedTensor:
-    """A tensor in its new precision.
-
-    Attributes:
-        dtype: The dtype in the words of the safetensors format.
-        shape: Its shape.
-    """
-
-    dtype: str
-    shape: Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +34,7 @@ class ConvertedWeights:
     """
 
     weights: StoredWeights
-    tensors: Mapping[str, ConvertedTensor]
+    tensors: Mapping[str, TensorShape]
     overflows: Counter[str]
 
     @property
@@ -83,8 +69,7 @@ def converted(weights: StoredWeights, dtypes: Mapping[str, str]) -> ConvertedWei
     return ConvertedWeights(
         weights=weights,
         tensors={
-            name: ConvertedTensor(dtype, weights.tensors[name].shape)
-            for name, dtype in dtypes.items()
+            name: TensorShape(dtype, weights.tensors[name].shape) for name, dtype in dtypes.items()
         },
         overflows=Counter(),
     )
@@ -94,7 +79,7 @@ class _ConvertedSource:
     def __init__(
         self,
         source: TensorSource,
-        tensors: Mapping[str, ConvertedTensor],
+        tensors: Mapping[str, TensorShape],
         overflows: Counter[str],
     ) -> None:
         self._source = source

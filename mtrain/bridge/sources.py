@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +33,19 @@ class StoredShape(Protocol):
     def shape(self) -> tuple[int, ...]:
         """Its shape."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorShape:
+    """A `StoredShape` by itself.
+
+    Attributes:
+        dtype: Its dtype in the words of the safetensors format.
+        shape: Its shape.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class StoredWeights(Protocol):

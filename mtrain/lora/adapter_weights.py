@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from mtrain.bridge.converted import ConvertedTensor
 from mtrain.bridge.plan import hf_tensors
 from mtrain.bridge.rules import WeightTable
-from mtrain.bridge.sources import TensorSource
+from mtrain.bridge.sources import TensorShape, TensorSource
 from mtrain.lora.peft_format import StoredAdapter
 
 
@@ -30,7 +29,7 @@ class AdapterWeights:
     """
 
     adapter: StoredAdapter
-    tensors: Mapping[str, ConvertedTensor]
+    tensors: Mapping[str, TensorShape]
 
     @property
     def folder(self) -> Path:
@@ -55,7 +54,7 @@ def adapter_weights(adapter: StoredAdapter, table: WeightTable) -> AdapterWeight
     return AdapterWeights(
         adapter=adapter,
         tensors={
-            name: ConvertedTensor(dtype[adapter.dtype], shape)
+            name: TensorShape(dtype[adapter.dtype], shape)
             for name, shape in hf_tensors(table).items()
         },
     )

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from mtrain.bridge.converted import ConvertedTensor
 from mtrain.bridge.rules import filled, layers_of
-from mtrain.bridge.sources import StoredShape, StoredWeights, TensorSource
+from mtrain.bridge.sources import StoredShape, StoredWeights, TensorShape, TensorSource
 from mtrain.lora.adapter_weights import WideSlices
 from mtrain.lora.peft_format import StoredAdapter
 from mtrain.lora.plan import PEFT_PREFIX, LoraPlan, factor_names
@@ -77,9 +76,7 @@ def merge_weights(weights: StoredWeights, adapter: StoredAdapter) -> MergedWeigh
         weights=weights,
         adapter=adapter,
         tensors={
-            name: ConvertedTensor("F32", tensor.shape)
-            if name in factors or name in saved
-            else tensor
+            name: TensorShape("F32", tensor.shape) if name in factors or name in saved else tensor
             for name, tensor in weights.tensors.items()
         },
         factors=factors,

@@ -17,12 +17,11 @@ from typing import Any
 from mtrain.bridge.plan import weight_table
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_header import parse_json
-from mtrain.bridge.sources import StoredWeights
+from mtrain.bridge.sources import StoredWeights, TensorShape
 from mtrain.checkpoint.folder import LATEST_FILE
 from mtrain.checkpoint.torch_dist.metadata import METADATA_FILE
 from mtrain.checkpoint.torch_dist.reader import (
     TorchDistCheckpoint,
-    TorchDistTensor,
     open_torch_dist,
 )
 from mtrain.lora.adapter_settings import read_settings
@@ -145,12 +144,12 @@ def describe_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {name: [tensor.dtype, list(tensor.shape)] for name, tensor in tensors.items()}
 
 
-def _read_tensors(path: Path) -> dict[str, TorchDistTensor]:
+def _read_tensors(path: Path) -> dict[str, TensorShape]:
     tensors = {}
     for name, entry in parse_json(path.read_bytes(), source=path).items():
         match entry:
             case [str(dtype), [*sizes]] if all(type(size) is int and size >= 0 for size in sizes):
-                tensors[name] = TorchDistTensor(dtype, tuple(sizes))
+                tensors[name] = TensorShape(dtype, tuple(sizes))
             case _:
                 raise ValueError(f"{path}: {name!r} is not described by a dtype and a shape")
     return tensors

@@ -23,6 +23,7 @@ from mtrain.bridge.ledger import listed
 from mtrain.bridge.plan import Shape, hf_tensors
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.slices import view_box
+from mtrain.bridge.sources import TensorShape
 from mtrain.bridge.spans import Piece, Span, clip
 from mtrain.checkpoint.torch_dist.metadata import (
     BROKEN_PICKLE,
@@ -37,19 +38,6 @@ _KEPT_BYTES = 512 * 2**20
 _NO_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
 
 
-@dataclass(frozen=True, slots=True)
-class TorchDistTensor:
-    """A Hugging Face tensor in a torch_dist checkpoint.
-
-    Attributes:
-        dtype: Its dtype in the words of the safetensors format.
-        shape: Its shape.
-    """
-
-    dtype: str
-    shape: Shape
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorchDistCheckpoint:
     """The weights in a torch_dist folder; see `StoredWeights`.
@@ -62,7 +50,7 @@ class TorchDistCheckpoint:
     """
 
     folder: Path
-    tensors: Mapping[str, TorchDistTensor]
+    tensors: Mapping[str, TensorShape]
     stored: Mapping[str, GlobalTensor]
     places: Mapping[str, list[tuple[GlobalParameter, Piece]]]
 
@@ -91,9 +79,7 @@ def open_torch_dist(folder: Path, table: WeightTable) -> TorchDistCheckpoint:
     _check_parameters(folder, parameters, stored)
     places = places_by_name(parameters)
     dtypes = {name: _stored(parts[0][0], stored)[0].dtype for name, parts in places.items()}
-    tensors = {
-        name: TorchDistTensor(dtypes[name], shape) for name, shape in hf_tensors(table).items()
-    }
+    tensors = {name: TensorShape(dtypes[name], shape) for name, shape in hf_tensors(table).items()}
     return TorchDistCheckpoint(folder=folder, tensors=tensors, stored=stored, places=places)
 
 
