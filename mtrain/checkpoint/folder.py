@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from mtrain.bridge.written import WrittenFile
-from mtrain.checkpoint.manifest import MANIFEST_FILE, write_manifest
+from mtrain.checkpoint.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from mtrain.parallel import ParallelState
 
 __all__ = [
@@ -41,10 +41,10 @@ LATEST_FILE = "latest_checkpointed_iteration.txt"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _VERSION = re.compile(r"v(\d+)-\d{8}-\d{6}")
 _STAGED = ".staged-"
-# Files of a model or an adapter that loaders look for.
+# Files of a model or an adapter that loaders look for, and what was found out about them.
 _WEIGHTS = re.compile(
     r"\.safetensors$|\.safetensors\.index\.json$|^adapter_config\.json$|^adapter_tensors\.json$"
-    r"|^base_model\.json$"
+    r"|^base_model\.json$|^precision\.json$"
 )
 _ITERATION = re.compile(r"iter_\d{7,}|release")
 
@@ -272,6 +272,8 @@ def _check_free(final: Path, sources: Sequence[Path], exist_ok: bool) -> None:
         what = "the model was loaded from it"
     elif not final.is_dir():
         what = "it is a file"
+    elif exist_ok and (iteration := _foreign_iteration(final)):
+        what = f"{iteration} in it was written by no export"
     elif exist_ok or not any(final.iterdir()):
         return
     else:
@@ -345,6 +347,17 @@ def _replaced(final: Path) -> list[Path]:
         if (_ITERATION.fullmatch(path.name) and _is_iteration(path))
         or (_WEIGHTS.search(path.name) and not path.is_dir())
     ]
+
+
+def _foreign_iteration(final: Path) -> str | None:
+    """An iteration that no manifest lists: a checkpoint of a training run, which is not ours."""
+    iterations = sorted(path.name for path in _replaced(final) if path.is_dir())
+    if not iterations:
+        return None
+    has_manifest = (final / MANIFEST_FILE).is_file()
+    files = read_manifest(final) if has_manifest else ()
+    own = {file.name.partition("/")[0] for file in files}
+    return next((name for name in iterations if name not in own), None)
 
 
 def _is_iteration(path: Path) -> bool:

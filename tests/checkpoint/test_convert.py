@@ -90,10 +90,8 @@ def export_all(state, source: Path, adapter: Path, root: Path) -> None:
 
 
 def leave_older_files(folder: Path) -> None:
-    """Of a run of Megatron-LM on more ranks, and of somebody."""
-    older = folder / "iter_0000500"
-    older.mkdir()
-    (older / "__7_0.distcp").write_text("old")
+    """Of an export on more ranks, of its precision test, and of somebody."""
+    (folder / "precision.json").write_text("{}")
     (folder / "iter_0000001" / "__7_0.distcp").write_text("old")
     (folder / "iter_0000002").mkdir()
     (folder / "iter_0000002" / "notes.txt").write_text("mine")
@@ -231,6 +229,17 @@ def export_over(state, source: Path, folder: Path, sources: list[Path]) -> list[
             export_model(to, source, kind)
         messages.append(str(caught.value))
     return messages
+
+
+def test_a_checkpoint_that_no_export_wrote_is_not_replaced(source, tmp_path) -> None:
+    folder = tmp_path / "out"
+    (folder / "iter_0000500").mkdir(parents=True)
+    (folder / "iter_0000500" / "__0_0.distcp").write_text("of a training run")
+    before = contents(folder)
+    for messages in run_ranks(SINGLE, export_over, source, folder, []):
+        for message in messages:
+            assert "iter_0000500 in it was written by no export and will not be overw" in message
+    assert contents(folder) == before
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -126,7 +126,7 @@ class _StreamingStrategy(SaveShardedStrategy):
 
     @property
     def can_handle_sharded_objects(self) -> bool:
-        """There are none."""
+        """The empty states are some."""
         return True
 
     def save(
