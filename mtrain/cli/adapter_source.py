@@ -66,18 +66,18 @@ def open_adapter(config: SftConfig | ExportConfig, source: ModelSource) -> Adapt
     elif not (tuner.adapters or tuner.mcore_adapter):
         return None
     stored = _read_stored(tuner, source.table)
-    own = source.fingerprint()
-    if stored is not None:
-        check_base_model(stored.folder, own, named=stored.base)
     lora = choose_targets(source.table, tuner) if stored is None else stored.lora
-    adapter = AdapterSource(lora=lora, stored=stored, fingerprint=own)
     if tuner.merge_lora:
-        check_mergeable(source.table, adapter.lora)
+        check_mergeable(source.table, lora)
     else:
         # What PEFT could not load is refused now, and not at the first save.
         layout = tuner.lora_export_layout
-        adapter_config(adapter.lora, source.table, base=None, layout=layout, dropout=0.0)
-    return adapter
+        adapter_config(lora, source.table, base=None, layout=layout, dropout=0.0)
+    # Last, because reading weights imports torch, which takes longer than all checks.
+    own = source.fingerprint()
+    if stored is not None:
+        check_base_model(stored.folder, own, named=stored.base)
+    return AdapterSource(lora=lora, stored=stored, fingerprint=own)
 
 
 def _read_stored(tuner: TunerConfig, table: WeightTable) -> StoredAdapter | None:
