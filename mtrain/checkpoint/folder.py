@@ -257,8 +257,7 @@ def _agree(final: Path, state: ParallelState, work: Callable[[], T]) -> list[T]:
         problem = f"rank {state.rank}: {error}"
     answers: list[tuple[Any, str | None]] = [(None, None)] * state.layout.world_size
     dist.all_gather_object(answers, (result, problem), group=state.groups.world)
-    problems = [text for _, text in answers if text]
-    if problems:
+    if problems := [text for _, text in answers if text]:
         raise SaveError(f"cannot save {final}: {'; '.join(problems[:4])}")
     return [answer for answer, _ in answers]
 
@@ -316,10 +315,7 @@ def _publish(
 
 
 def _move_into(staged: Path, final: Path) -> None:
-    """Puts files into a folder with others.
-
-    Its old manifest and weights go first, the new ones come last.
-    """
+    """Puts files into a folder with others; old weights go first, new ones come last."""
     (final / MANIFEST_FILE).unlink(missing_ok=True)
     for path in _replaced(final):
         if path.is_dir() and not path.is_symlink():
@@ -352,10 +348,7 @@ def _replaced(final: Path) -> list[Path]:
 def _foreign_iteration(final: Path) -> str | None:
     """An iteration that no manifest lists: a checkpoint of a training run, which is not ours."""
     iterations = sorted(path.name for path in _replaced(final) if path.is_dir())
-    if not iterations:
-        return None
-    has_manifest = (final / MANIFEST_FILE).is_file()
-    files = read_manifest(final) if has_manifest else ()
+    files = read_manifest(final) if iterations and (final / MANIFEST_FILE).is_file() else ()
     own = {file.name.partition("/")[0] for file in files}
     return next((name for name in iterations if name not in own), None)
 
