@@ -1,5 +1,6 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 
@@ -181,10 +182,15 @@ def test_worker_processes_give_the_same_rows_in_the_same_order(tmp_path, model_d
 def test_of_many_that_ask_at_once_one_prepares_and_the_others_use_it(tmp_path, model_dir):
     """The lock belongs to an open file, so threads stand in for the processes of a node."""
     path = write_rows(tmp_path / "rows.jsonl", range(3))
+    # One that asks after the first has finished is right to prepare again.
+    together = Barrier(3)
+
+    def ask():
+        together.wait()
+        return prepare(tmp_path, path, load_from_cache_file=False)
+
     with ThreadPoolExecutor(3) as executor:
-        futures = [
-            executor.submit(prepare, tmp_path, path, load_from_cache_file=False) for _ in range(3)
-        ]
+        futures = [executor.submit(ask) for _ in range(3)]
     results = [future.result() for future in futures]
     assert sorted(result.report.reused for result in results) == [False, True, True]
     assert len({result.train for result in results}) == 1
