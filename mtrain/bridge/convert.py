@@ -7,7 +7,6 @@ on the size of the checkpoint.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ import torch
 
 from mtrain.bridge.file_plan import cut_by_size, file_name
 from mtrain.bridge.plan import Shape
-from mtrain.bridge.safetensors_folder import INDEX_FILE, WEIGHTS_STEM
+from mtrain.bridge.safetensors_folder import WEIGHTS_STEM
 from mtrain.bridge.safetensors_header import tensor_bytes
 from mtrain.bridge.safetensors_writer import SafetensorsWriter
+from mtrain.bridge.save import write_index
 from mtrain.bridge.sources import StoredShape, StoredWeights, TensorSource
-from mtrain.bridge.written import WrittenFile, record_file
+from mtrain.bridge.written import WrittenFile
 
 # From 32 MiB on, malloc maps fresh pages for every block, which takes longer than to fill them.
 _BLOCK_BYTES = 8 * 2**20
@@ -67,7 +67,9 @@ def write_weights(
     with weights.open() as source, ThreadPoolExecutor(num_threads()) as threads:
         written = list(threads.map(lambda share: _write(share, source, folder), mine))
     if rank == 0 and len(shares) > 1:
-        written.append(_write_index(folder, shares))
+        weight_map = {name: share.name for share in shares for name, _, _ in share.entries}
+        num_bytes = sum(share.num_bytes for share in shares)
+        written.append(write_index(folder, weight_map, num_bytes=num_bytes, stem=stem))
     return written
 
 
@@ -121,14 +123,3 @@ def _write(share: _Share, source: TensorSource, folder: Path) -> WrittenFile:
                 assert part.shape == (stop - start, *shape[1:]), f"{name}: {part.shape}"
                 writer.append(part.flatten().view(torch.uint8))
     return writer.written
-
-
-def _write_index(folder: Path, shares: Sequence[_Share]) -> WrittenFile:
-    weight_map = {name: share.name for share in shares for name, _, _ in share.entries}
-    content = {
-        "metadata": {"total_size": sum(share.num_bytes for share in shares)},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    path = folder / INDEX_FILE
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return record_file(folder, path)

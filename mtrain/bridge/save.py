@@ -92,7 +92,9 @@ def save_weights(
         max_bytes=bucket_bytes,
     )
     if len(files) > 1 and state.is_first_rank:
-        written.append(_write_index(folder, f"{stem}.safetensors.index.json", files))
+        weight_map = {name: file.name for file in files for name, _ in file.tensors}
+        num_bytes = sum(file.num_bytes for file in files)
+        written.append(write_index(folder, weight_map, num_bytes=num_bytes, stem=stem))
     return tuple(written)
 
 
@@ -209,10 +211,19 @@ class _HostBuffer:
         return self._buffer[: data.numel()].copy_(data)
 
 
-def _write_index(folder: Path, name: str, files: Sequence[WeightFile]) -> WrittenFile:
-    weight_map = {name: file.name for file in files for name, _ in file.tensors}
+def write_index(
+    folder: Path, weight_map: Mapping[str, str], *, num_bytes: int, stem: str
+) -> WrittenFile:
+    """Writes the index of a checkpoint of several files.
+
+    Args:
+        folder: Its folder.
+        weight_map: File of each tensor.
+        num_bytes: Size of all tensors together.
+        stem: How the names of the files begin.
+    """
     content = {
-        "metadata": {"total_size": sum(file.num_bytes for file in files)},
+        "metadata": {"total_size": num_bytes},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    return write_json(folder, name, content)
+    return write_json(folder, f"{stem}.safetensors.index.json", content)
