@@ -262,9 +262,11 @@ def _status_bytes(name: str) -> int:
 
 def megatron(*words: str) -> Callable[[], None]:
     """The command; what it will import is imported now."""
-    import mtrain.checkpoint.torch_dist.streaming.writer
-    import mtrain.cli.export  # noqa: F401
+    import mtrain.cli.export
     from mtrain.cli.main import main
+
+    if "--to_mcore" in words:
+        import mtrain.checkpoint.torch_dist.streaming.writer  # noqa: F401
 
     def run() -> None:
         if main(list(words)) != 0:
@@ -276,8 +278,9 @@ def megatron(*words: str) -> Callable[[], None]:
 def load(model: str) -> Callable[[], None]:
     """Filling a model that is built already, on the GPU if there is one."""
     from mtrain.bridge.load import load_weights
+    from mtrain.cli.joining import join, training_dtype
     from mtrain.cli.launch import Placement
-    from mtrain.cli.loading import find_backend, join, load_model, training_dtype
+    from mtrain.cli.loading import find_backend, load_model, start_parallel
     from mtrain.cli.parser import parse_config
     from mtrain.cli.preparation import open_export_inputs
     from mtrain.config import ExportConfig, TrainingConfig
@@ -287,18 +290,14 @@ def load(model: str) -> Callable[[], None]:
     config = resolve_export(parse_config(ExportConfig, words))
     backend = find_backend(config)
     source, _ = open_export_inputs(config, world_size=1)
-    state = join(config, Placement(), seed=0)
-    dtype = training_dtype(config.model, source.hf_config)
-    chunks = load_model(
-        config, source, state, backend=backend, training=TrainingConfig(), dtype=dtype
-    )
+    state = start_parallel(config, join(config, Placement()), seed=0)
+    dtype, training = training_dtype(config.model, source.hf_config), TrainingConfig()
+    chunks = load_model(config, source, state, backend=backend, training=training, dtype=dtype)
     forget_cached(Path(model))
-    layout = state.layout
 
     def run() -> None:
-        load_weights(
-            chunks, source.weights, table=source.table, layout=layout, rank=0, backend=backend
-        )
+        weights, layout = source.weights, state.layout
+        load_weights(chunks, weights, table=source.table, layout=layout, rank=0, backend=backend)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 

@@ -25,7 +25,13 @@ from shapes import SHAPES
 
 from mtrain.bridge.families import find_family
 from mtrain.bridge.family import MegatronConfig
-from mtrain.parallel import ParallelLayout, destroy_parallel, initialize_parallel
+from mtrain.parallel import (
+    ParallelLayout,
+    destroy_parallel,
+    destroy_world,
+    initialize_parallel,
+    initialize_world,
+)
 from mtrain.platform.device import has_gpu, has_transformer_engine, prepare_megatron
 
 # Before Megatron-Core is imported; where there is a GPU with Transformer Engine it patches nothing.
@@ -178,7 +184,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.spec == "te" and not has_transformer_engine():
         parser.error("Transformer Engine cannot be used here; try --spec local")
-    initialize_parallel(ParallelLayout())
+    initialize_parallel(ParallelLayout(), initialize_world())
     described = find_family(SHAPES[arguments.shape]).megatron_config(SHAPES[arguments.shape])
     config = make_config(described, arguments.spec, changes=arguments.set)
     model = build_model(described, config, arguments.spec)
@@ -193,6 +199,7 @@ def main() -> None:
     print(HEADER, "|" + "---|" * HEADER.count(" |"), sep="\n")
     print(f"| {name} | {milliseconds:.1f} | {rate:,.0f} | {peak:.1f} | {last_loss:.4f} |")
     destroy_parallel()
+    destroy_world()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The parallel layout: who holds what, first as arithmetic, then as process groups.
 
 `ParallelLayout` is plain numbers and answers for any rank without torch, so that plans, checks and
-memory estimates work offline. `initialize_parallel` makes the process groups of Megatron-Core that
-agree with it and returns one frozen `ParallelState`.
+memory estimates work offline. `initialize_world` meets the other ranks, without Megatron-Core; that
+is all that saving and converting need. `initialize_parallel` makes Megatron-Core's process groups
+that agree with a layout and returns one frozen `ParallelState`.
 """
 
 from __future__ import annotations
@@ -112,10 +113,33 @@ class ParallelLayout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessGroups:
-    """The process groups of this rank, made by Megatron-Core."""
+class World:
+    """All ranks, and which of them this process is.
 
-    world: ProcessGroup
+    Attributes:
+        size: Number of ranks.
+        rank: Global rank.
+        device: What this rank computes on.
+        group: The process group of all ranks.
+        timeout_seconds: How long a collective may wait for a rank.
+    """
+
+    size: int
+    rank: int
+    device: torch.device
+    group: ProcessGroup
+    timeout_seconds: int
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this is global rank 0."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessGroups:
+    """The process groups of this rank inside the world, made by Megatron-Core."""
+
     tp: ProcessGroup
     pp: ProcessGroup
     dp: ProcessGroup
@@ -129,22 +153,30 @@ class ParallelState:
 
     Attributes:
         layout: Sizes of the axes.
-        rank: Global rank.
+        world: All ranks.
         coordinates: This rank on each axis.
-        device: The device to train on.
         groups: Process groups.
     """
 
     layout: ParallelLayout
-    rank: int
+    world: World
     coordinates: Coordinates
-    device: torch.device
     groups: ProcessGroups
+
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+        return self.world.rank
+
+    @property
+    def device(self) -> torch.device:
+        """The device to train on."""
+        return self.world.device
 
     @property
     def is_first_rank(self) -> bool:
         """Whether this is global rank 0."""
-        return self.rank == 0
+        return self.world.is_first_rank
 
     @property
     def is_last_stage(self) -> bool:
@@ -152,22 +184,23 @@ class ParallelState:
         return self.coordinates.pp_rank == self.layout.pp_size - 1
 
 
-def initialize_parallel(
-    layout: ParallelLayout,
+def initialize_world(
     *,
+    size: int = 1,
     rank: int = 0,
     local_rank: int = 0,
-    seed: int = 42,
+    uses_gpu: bool = True,
     timeout_seconds: int = 600,
     store_file: Path | None = None,
-) -> ParallelState:
-    """Joins the process group and builds Megatron-Core's groups for a layout.
+) -> World:
+    """Joins the process group.
 
     Args:
-        layout: Sizes of the axes; `layout.world_size` processes must call this.
+        size: Number of ranks; as many processes must call this.
         rank: Global rank of this process.
         local_rank: Its rank on this machine, which picks the GPU.
-        seed: Seed of the random states; Megatron-Core derives one for each tensor-parallel rank.
+        uses_gpu: Whether the ranks compute on GPUs, where there are some. Those that only share
+            files do not, and start faster.
         timeout_seconds: How long a collective may wait for a rank.
         store_file: Rendezvous file; without it MASTER_ADDR and MASTER_PORT of the environment
             are used; a single process needs neither.
@@ -177,30 +210,50 @@ def initialize_parallel(
     """
     import torch.distributed as dist
 
-    from mtrain.platform.device import collective_backend, prepare_megatron, training_device
+    from mtrain.platform.cpu import CPU
+    from mtrain.platform.device import collective_backend, training_device
 
-    prepare_megatron()
-    device = training_device(local_rank)
+    device = training_device(local_rank) if uses_gpu else CPU
     store = None
     if store_file is not None:
-        store = dist.FileStore(str(store_file), layout.world_size)
-    elif layout.world_size == 1:
+        store = dist.FileStore(str(store_file), size)
+    elif size == 1:
         store = dist.HashStore()
     dist.init_process_group(
-        collective_backend(),
+        collective_backend(device),
         store=store,
         init_method="env://" if store is None else None,
         rank=rank,
-        world_size=layout.world_size,
+        world_size=size,
         timeout=timedelta(seconds=timeout_seconds),
         device_id=device if device.type == "cuda" else None,
     )
-    _initialize_megatron(layout, seed=seed, timeout_seconds=timeout_seconds)
+    return World(
+        size=size,
+        rank=rank,
+        device=device,
+        group=dist.group.WORLD,
+        timeout_seconds=timeout_seconds,
+    )
+
+
+def initialize_parallel(layout: ParallelLayout, world: World, *, seed: int = 42) -> ParallelState:
+    """Builds Megatron-Core's process groups for a layout; every rank must call this.
+
+    Args:
+        layout: Sizes of the axes.
+        world: The ranks, as many as the layout has.
+        seed: Seed of the random states; Megatron-Core derives one for each tensor-parallel rank.
+    """
+    from mtrain.platform.device import prepare_megatron
+
+    assert layout.world_size == world.size, (layout, world)
+    prepare_megatron()
+    _initialize_megatron(layout, seed=seed, timeout_seconds=world.timeout_seconds)
     return ParallelState(
         layout=layout,
-        rank=rank,
-        coordinates=layout.coordinates(rank),
-        device=device,
+        world=world,
+        coordinates=layout.coordinates(world.rank),
         groups=_process_groups(),
     )
 
@@ -222,11 +275,9 @@ def _initialize_megatron(layout: ParallelLayout, *, seed: int, timeout_seconds: 
 
 
 def _process_groups() -> ProcessGroups:
-    import torch.distributed as dist
     from megatron.core import parallel_state as mpu
 
     return ProcessGroups(
-        world=dist.group.WORLD,
         tp=mpu.get_tensor_model_parallel_group(),
         pp=mpu.get_pipeline_model_parallel_group(),
         dp=mpu.get_data_parallel_group(),
@@ -236,10 +287,15 @@ def _process_groups() -> ProcessGroups:
 
 
 def destroy_parallel() -> None:
-    """Leaves the process group; Megatron-Core's groups go with it."""
-    import torch.distributed as dist
+    """Forgets Megatron-Core's process groups; they end with the world."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+
+
+def destroy_world() -> None:
+    """Leaves the process group, if this process is in one."""
+    import torch.distributed as dist
+
     if dist.is_initialized():
         dist.destroy_process_group()

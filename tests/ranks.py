@@ -105,16 +105,22 @@ def _serve(
 ) -> None:
     import torch
 
-    from mtrain.parallel import destroy_parallel, initialize_parallel
+    from mtrain.parallel import (
+        destroy_parallel,
+        destroy_world,
+        initialize_parallel,
+        initialize_world,
+    )
 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
-        state = initialize_parallel(
-            layout, rank=rank, store_file=store, timeout_seconds=TIMEOUT_SECONDS
+        world = initialize_world(
+            size=layout.world_size, rank=rank, store_file=store, timeout_seconds=TIMEOUT_SECONDS
         )
-        result = function(state, *args)
+        result = function(initialize_parallel(layout, world), *args)
         destroy_parallel()
+        destroy_world()
     except BaseException:
         result = _Failure(time.time(), f"rank {rank} of {layout}:\n{traceback.format_exc()}")
     with contextlib.suppress(BrokenPipeError, EOFError):

@@ -256,8 +256,10 @@ FAULTS = {
 def export_with_fault(state, words: list[str], fault: str) -> int:
     """The command on a rank that exists already; its model of Megatron-Core has a fault."""
     config = resolve_export(parse_config(ExportConfig, words))
-    export.join = lambda *_, **__: state
-    export.destroy_parallel = lambda: None
+    export.join = lambda *_, **__: state.world
+    export.destroy_world = lambda: None
+    precision.start_parallel = lambda *_, **__: state
+    precision.destroy_parallel = lambda: None
     load = precision.load_model
     precision.load_model = lambda config, source, *rest, **options: load(
         config, FAULTS[fault][0](source), *rest, **options

@@ -28,7 +28,7 @@ from mtrain.lora.fused_experts import ExpertLayout
 from mtrain.lora.peft_config import adapter_config
 from mtrain.lora.peft_format import WEIGHTS_FILE, StoredAdapter
 from mtrain.lora.plan import LoraPlan, adapter_table
-from mtrain.parallel import ParallelState
+from mtrain.parallel import ParallelState, World
 
 __all__ = ["AdapterFormat", "export_adapter", "save_adapter"]
 
@@ -43,7 +43,6 @@ class AdapterFormat:
         source: Folder that the model was loaded from.
         table: Weights of the model.
         lora: The adapters.
-        backend: Spelling of the norms in the chunks.
         dtype: Dtype of the saved tensors.
         base: Name or path of the model, for adapter_config.json.
         fingerprint: Of the model's checkpoint (`mtrain.bridge.fingerprint`).
@@ -54,7 +53,6 @@ class AdapterFormat:
     source: Path
     table: WeightTable
     lora: LoraPlan
-    backend: Backend
     dtype: torch.dtype
     base: str | None
     fingerprint: str
@@ -70,6 +68,7 @@ def save_adapter(
     form: AdapterFormat,
     arguments: Mapping[str, Any],
     state: ParallelState,
+    backend: Backend,
     save_total_limit: int | None,
     protected: Path | None = None,
 ) -> Path:
@@ -82,6 +81,7 @@ def save_adapter(
         form: How it is written.
         arguments: The resolved configuration, for args.json.
         state: This rank; every rank must call this.
+        backend: Spelling of the norms in the chunks.
         save_total_limit: Checkpoints kept, this one included; None keeps all.
         protected: A folder that is never deleted: the adapter that training started from.
 
@@ -96,7 +96,7 @@ def save_adapter(
             folder,
             table=adapter_table(form.table, form.lora),
             state=state,
-            backend=form.backend,
+            backend=backend,
             dtype=form.dtype,
             max_shard_size=max(1, num_bytes),
             stem=_PART_STEM,
@@ -111,7 +111,7 @@ def save_adapter(
         run,
         step,
         write,
-        state=state,
+        world=state.world,
         # The parts and what they become are there at once.
         num_bytes=2 * num_bytes + SMALL_FILES_BYTES,
         retention=Retention(limit=save_total_limit, protected=protected),
@@ -126,7 +126,7 @@ def export_adapter(
     *,
     form: AdapterFormat,
     arguments: Mapping[str, Any],
-    state: ParallelState,
+    world: World,
     exist_ok: bool,
 ) -> None:
     """Writes an adapter that was read as a folder that is no checkpoint of a run.
@@ -138,7 +138,7 @@ def export_adapter(
         stored: The adapter.
         form: How it is written.
         arguments: The resolved configuration, for args.json.
-        state: This rank; every rank must call this.
+        world: This rank; every rank must call this.
         exist_ok: See `publish_folder`.
 
     Raises:
@@ -160,7 +160,7 @@ def export_adapter(
     publish_folder(
         folder,
         lambda _: [],
-        state=state,
+        world=world,
         num_bytes=_num_bytes(form) + SMALL_FILES_BYTES,
         source=_source(form),
         sources=[form.source, stored.folder],

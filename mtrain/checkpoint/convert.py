@@ -27,7 +27,7 @@ from mtrain.checkpoint.torch_dist.folder import (
 from mtrain.checkpoint.weights import SMALL_FILES_BYTES, copy_beside_weights
 from mtrain.lora.adapter_settings import CONFIG_FILE
 from mtrain.lora.base_model import BASE_FILE, base_model
-from mtrain.parallel import ParallelState
+from mtrain.parallel import World
 
 __all__ = [
     "Destination",
@@ -47,7 +47,7 @@ class Destination:
 
     Attributes:
         folder: Its name.
-        state: This rank.
+        world: This rank.
         exist_ok: See `publish_folder`.
         arguments: The resolved configuration, for args.json.
         origin: What it is made from, for the manifest.
@@ -55,7 +55,7 @@ class Destination:
     """
 
     folder: Path
-    state: ParallelState
+    world: World
     exist_ok: bool
     arguments: Mapping[str, Any]
     origin: Mapping[str, Any]
@@ -72,7 +72,7 @@ class Destination:
         publish_folder(
             self.folder,
             write,
-            state=self.state,
+            world=self.world,
             num_bytes=num_bytes + SMALL_FILES_BYTES,
             source=self.origin,
             sources=self.sources,
@@ -127,8 +127,8 @@ def export_weights(
             write_weights,
             weights,
             max_shard_size=max_shard_size,
-            rank=to.state.rank,
-            world_size=to.state.layout.world_size,
+            rank=to.world.rank,
+            world_size=to.world.size,
         ),
         described.write,
         num_bytes=_num_bytes(weights),
@@ -164,7 +164,7 @@ def export_torch_dist_model(
         ]
 
     to.publish(
-        _torch_dist_writer(weights, table, to.state, is_model=True),
+        _torch_dist_writer(weights, table, to.world, is_model=True),
         finish,
         num_bytes=_num_bytes(weights),
     )
@@ -203,14 +203,14 @@ def export_torch_dist_adapter(
         ]
 
     to.publish(
-        _torch_dist_writer(weights, table, to.state, is_model=False),
+        _torch_dist_writer(weights, table, to.world, is_model=False),
         finish,
         num_bytes=_num_bytes(weights),
     )
 
 
 def _torch_dist_writer(
-    weights: StoredWeights, table: WeightTable, state: ParallelState, *, is_model: bool
+    weights: StoredWeights, table: WeightTable, world: World, *, is_model: bool
 ) -> Callable[[Path], list[WrittenFile]]:
     def write(folder: Path) -> list[WrittenFile]:
         # Here, not above: it imports Megatron-Core, which other conversions do without.
@@ -224,8 +224,8 @@ def _torch_dist_writer(
                 weights,
                 folder / name,
                 table=table,
-                rank=state.rank,
-                world_size=state.layout.world_size,
+                rank=world.rank,
+                world_size=world.size,
                 iteration=FIRST_ITERATION,
                 with_states=is_model,
             )

@@ -93,7 +93,7 @@ def save_checkpoint(
         run,
         step,
         functools.partial(_write, lookup, form, arguments, state),
-        state=state,
+        world=state.world,
         num_bytes=_num_bytes(form),
         retention=Retention(limit=save_total_limit, protected=form.source),
         source=_source(form),

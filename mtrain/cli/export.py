@@ -28,8 +28,8 @@ from mtrain.checkpoint.convert import (
 )
 from mtrain.checkpoint.weights import with_dtype
 from mtrain.cli.adapter_source import AdapterSource
+from mtrain.cli.joining import join, training_dtype
 from mtrain.cli.launch import Placement
-from mtrain.cli.loading import find_backend, join, training_dtype
 from mtrain.cli.model_source import ModelSource, base_name
 from mtrain.cli.preparation import open_export_inputs
 from mtrain.cli.rank_checks import check_same_inputs, gather_counts
@@ -38,7 +38,7 @@ from mtrain.lora.adapter_weights import adapter_weights
 from mtrain.lora.merged_weights import merge_weights
 from mtrain.lora.peft_config import adapter_config
 from mtrain.lora.plan import adapter_table
-from mtrain.parallel import ParallelState, destroy_parallel
+from mtrain.parallel import World, destroy_world
 
 
 def run(config: ExportConfig, here: Placement) -> int:
@@ -55,32 +55,41 @@ def run(config: ExportConfig, here: Placement) -> int:
         ValueError: A setting does not fit the model or the adapter.
         SaveError: The result could not be written.
     """
-    backend = find_backend(config)
+    backend = _backend_of_test(config)
     source, adapter = open_export_inputs(config, world_size=here.world_size)
-    state = join(config, here, seed=0)
-    check_same_inputs(config, source, state, adapter=adapter)
-    if config.export.test_convert_precision:
+    world = join(config, here, uses_gpu=backend is not None)
+    check_same_inputs(config, source, world, adapter=adapter)
+    if backend is not None:
         _check_hf_weights(config, source)
-    to = _destination(config, source, adapter, state)
+    to = _destination(config, source, adapter, world)
     exported: StoredWeights | None = None
     if adapter is None or config.tuner.merge_lora:
         exported = _export_model(config, source, adapter, to)
         what = "the model" if adapter is None else "the merged model"
     else:
-        _export_adapter(config, source, adapter, to, backend=backend)
+        _export_adapter(config, source, adapter, to)
         what = "the adapter"
-    if state.is_first_rank:
+    if world.is_first_rank:
         print(f"saved {what}: {to.folder}", file=sys.stderr)
     passed = True
-    if config.export.test_convert_precision:
-        # Here, not above: it needs transformers, and a conversion starts faster without.
+    if backend is not None:
         from mtrain.cli.precision import check_conversion
 
         passed = check_conversion(
-            config, source, adapter, state, exported=exported, folder=to.folder, backend=backend
+            config, source, adapter, world, exported=exported, folder=to.folder, backend=backend
         )
-    destroy_parallel()
+    destroy_world()
     return 0 if passed else 1
+
+
+def _backend_of_test(config: ExportConfig) -> Backend | None:
+    """The layers of the precision test, after checks of what they can do; None without a test."""
+    if not config.export.test_convert_precision:
+        return None
+    # Here, not above: it needs Megatron-Core, and a conversion starts faster without.
+    from mtrain.cli.loading import find_backend
+
+    return find_backend(config)
 
 
 def _check_hf_weights(config: ExportConfig, source: ModelSource) -> None:
@@ -95,7 +104,7 @@ def _check_hf_weights(config: ExportConfig, source: ModelSource) -> None:
 
 
 def _destination(
-    config: ExportConfig, source: ModelSource, adapter: AdapterSource | None, state: ParallelState
+    config: ExportConfig, source: ModelSource, adapter: AdapterSource | None, world: World
 ) -> Destination:
     assert config.checkpoint.output_dir is not None, "resolve_export fills it"
     read = [source.folder, source.mcore_folder]
@@ -106,7 +115,7 @@ def _destination(
         origin |= {"adapter": str(adapter.stored.folder), "base fingerprint": adapter.fingerprint}
     return Destination(
         folder=Path(config.checkpoint.output_dir).expanduser(),
-        state=state,
+        world=world,
         exist_ok=config.export.exist_ok,
         arguments=config_to_dict(config),
         origin=origin,
@@ -137,7 +146,7 @@ def _export_model(
         export_torch_dist_model(
             result, to, table=source.table, described=described, fingerprint=own
         )
-    _warn_of_overflows(result, to.state)
+    _warn_of_overflows(result, to.world)
     return result
 
 
@@ -146,8 +155,6 @@ def _export_adapter(
     source: ModelSource,
     adapter: AdapterSource,
     to: Destination,
-    *,
-    backend: Backend,
 ) -> None:
     """The adapter as it is; in Hugging Face format with its experts in the layout asked for."""
     stored = adapter.stored
@@ -163,7 +170,6 @@ def _export_adapter(
             source=source.folder,
             table=source.table,
             lora=adapter.lora,
-            backend=backend,
             dtype=dtype,
             base=base_name(config.model),
             fingerprint=adapter.fingerprint,
@@ -175,7 +181,7 @@ def _export_adapter(
             stored,
             form=form,
             arguments=to.arguments,
-            state=to.state,
+            world=to.world,
             exist_ok=to.exist_ok,
         )
         return
@@ -193,7 +199,7 @@ def _export_adapter(
         hf_config=source.hf_config,
         fingerprint=adapter.fingerprint,
     )
-    _warn_of_overflows(result, to.state)
+    _warn_of_overflows(result, to.world)
 
 
 def _wanted_dtype(config: ExportConfig, source: ModelSource) -> str | None:
@@ -208,10 +214,10 @@ def _hf_config(config: ExportConfig, source: ModelSource) -> Mapping[str, Any]:
     return with_dtype(source.hf_config, training_dtype(config.model, source.hf_config))
 
 
-def _warn_of_overflows(weights: ConvertedWeights, state: ParallelState) -> None:
+def _warn_of_overflows(weights: ConvertedWeights, world: World) -> None:
     """Says which values the new precision could not hold."""
-    counts = gather_counts(weights.overflows, state)
-    if not counts or not state.is_first_rank:
+    counts = gather_counts(weights.overflows, world)
+    if not counts or not world.is_first_rank:
         return
     names = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items())[:10])
     more = f" and {len(counts) - 10} more" if len(counts) > 10 else ""

@@ -1,28 +1,26 @@
-"""What a rank does first, to train or to export: it meets the others and loads its part.
+"""What a rank with a model does first: it takes its place in the layout and loads its part.
 
 The one thing to know: everything here runs after the checks and the preparation, on every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from mtrain.bridge.load import load_weights
 from mtrain.bridge.plan import Backend
 from mtrain.cli.adapter_source import AdapterSource
-from mtrain.cli.launch import Placement
-from mtrain.cli.model_source import ModelSource, dtype_name, parallel_layout
+from mtrain.cli.model_source import ModelSource, parallel_layout
 from mtrain.cli.rank_checks import check_attention, check_collectives
-from mtrain.config import ExportConfig, ModelConfig, SftConfig, TrainingConfig
+from mtrain.config import ExportConfig, SftConfig, TrainingConfig
 from mtrain.lora.layers.attach import attach_adapters
 from mtrain.lora.weights import initialize_adapters, load_adapters
 from mtrain.model.backends import choose_backend
 from mtrain.model.build import build_model, transformer_config
 from mtrain.model.gpt import LanguageModel
-from mtrain.parallel import ParallelState, initialize_parallel
+from mtrain.parallel import ParallelState, World, initialize_parallel
 
 
 def find_backend(config: SftConfig | ExportConfig) -> Backend:
@@ -38,42 +36,16 @@ def find_backend(config: SftConfig | ExportConfig) -> Backend:
     return backend
 
 
-def join(config: SftConfig | ExportConfig, here: Placement, *, seed: int) -> ParallelState:
-    """Meets the other ranks.
+def start_parallel(config: SftConfig | ExportConfig, world: World, *, seed: int) -> ParallelState:
+    """Takes this rank's place in the layout that the flags ask for.
 
     Args:
         config: The configuration.
-        here: This rank.
+        world: The ranks.
         seed: Seed of dropout.
     """
-    return initialize_parallel(
-        parallel_layout(config.parallel, world_size=here.world_size),
-        rank=here.rank,
-        local_rank=here.local_rank,
-        seed=seed,
-        timeout_seconds=config.parallel.ddp_timeout,
-    )
-
-
-def training_dtype(
-    model: ModelConfig, hf_config: Mapping[str, Any], *, wanted: str | None = None
-) -> torch.dtype:
-    """What weights are computed in.
-
-    Args:
-        model: The settings, which may ask for a precision.
-        hf_config: config.json, whose precision is the default.
-        wanted: What is asked for otherwise, such as the adapter's own precision.
-
-    Raises:
-        ValueError: The checkpoint's is none that can be computed in.
-    """
-    dtypes = {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }
-    return dtypes[wanted or dtype_name(model, hf_config)]
+    layout = parallel_layout(config.parallel, world_size=world.size)
+    return initialize_parallel(layout, world, seed=seed)
 
 
 def load_model(

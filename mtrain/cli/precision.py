@@ -19,10 +19,10 @@ from mtrain.bridge.sources import StoredWeights
 from mtrain.checkpoint.folder import write_atomically
 from mtrain.checkpoint.torch_dist.folder import open_torch_dist_model, read_torch_dist_adapter
 from mtrain.cli.adapter_source import AdapterSource
-from mtrain.cli.loading import load_adapter, load_model
+from mtrain.cli.loading import load_adapter, load_model, start_parallel
 from mtrain.cli.model_source import ModelSource
 from mtrain.config import ExportConfig, TrainingConfig
-from mtrain.parallel import ParallelState
+from mtrain.parallel import World, destroy_parallel
 from mtrain.verify.precision_run import run_precision_test
 
 REPORT_FILE = "precision.json"
@@ -51,7 +51,7 @@ def check_conversion(
     config: ExportConfig,
     source: ModelSource,
     adapter: AdapterSource | None,
-    state: ParallelState,
+    world: World,
     *,
     exported: StoredWeights | None,
     folder: Path,
@@ -63,7 +63,7 @@ def check_conversion(
         config: The configuration.
         source: What was converted.
         adapter: The adapter that was merged or converted.
-        state: This rank; every rank must call this.
+        world: This rank; every rank must call this.
         exported: The weights of the model that was written; None when it was an adapter.
         folder: What was written.
         backend: Backend of the layers.
@@ -80,6 +80,7 @@ def check_conversion(
     if dtype == torch.float32 and config.model.transformer_impl == "auto":
         # Transformer Engine multiplies float32 matrices in TF32, whose rounding hides mistakes.
         backend = "torch"
+    state = start_parallel(config, world, seed=0)
     chunks = load_model(
         config, source, state, backend=backend, training=TrainingConfig(), dtype=dtype
     )
@@ -97,7 +98,8 @@ def check_conversion(
         dtype=dtype,
         stored_dtype=sides.stored_dtype,
     )
-    if state.is_first_rank:
+    destroy_parallel()
+    if world.is_first_rank:
         print("\n".join(report.table()))
         text = json.dumps(report.to_json(), indent=2, ensure_ascii=False)
         write_atomically(folder / REPORT_FILE, text + "\n")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from mtrain.cli.adapter_source import AdapterSource
 from mtrain.cli.model_source import ModelSource
 from mtrain.config import ExportConfig, ModelConfig, ParallelConfig, SftConfig, config_to_dict
-from mtrain.parallel import ParallelState
+from mtrain.parallel import World
 from mtrain.platform.device import collective_backend, device_info
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def check_attention(model: ModelConfig, *, backend: str) -> None:
 def check_same_inputs(
     config: SftConfig | ExportConfig,
     source: ModelSource,
-    state: ParallelState,
+    world: World,
     *,
     adapter: AdapterSource | None = None,
     data: PreparedData | None = None,
@@ -69,8 +69,8 @@ def check_same_inputs(
     if data is not None:
         # The folder is named by the contents of the data and by the versions that tokenised them.
         ours["the prepared data"] = data.train.parent.name
-    everyone: list[dict[str, Any]] = [{}] * state.layout.world_size
-    dist.all_gather_object(everyone, ours, group=state.groups.world)
+    everyone: list[dict[str, Any]] = [{}] * world.size
+    dist.all_gather_object(everyone, ours, group=world.group)
     for rank, theirs in enumerate(everyone):
         for what, value in everyone[0].items():
             if theirs[what] != value:
@@ -80,8 +80,8 @@ def check_same_inputs(
                 )
 
 
-def gather_counts(counts: Counter[str], state: ParallelState) -> Counter[str]:
+def gather_counts(counts: Counter[str], world: World) -> Counter[str]:
     """The counts of all ranks together, on every rank."""
-    everyone: list[Counter[str]] = [Counter()] * state.layout.world_size
-    dist.all_gather_object(everyone, counts, group=state.groups.world)
+    everyone: list[Counter[str]] = [Counter()] * world.size
+    dist.all_gather_object(everyone, counts, group=world.group)
     return sum(everyone, Counter())

@@ -25,8 +25,9 @@ from mtrain.checkpoint.adapter import AdapterFormat, save_adapter
 from mtrain.checkpoint.folder import create_run_folder, write_atomically
 from mtrain.checkpoint.weights import WeightsFormat, save_checkpoint
 from mtrain.cli.batches import Batches
+from mtrain.cli.joining import join, training_dtype
 from mtrain.cli.launch import Placement
-from mtrain.cli.loading import find_backend, join, load_adapter, load_model, training_dtype
+from mtrain.cli.loading import find_backend, load_adapter, load_model, start_parallel
 from mtrain.cli.model_source import ModelSource, base_name, hf_names
 from mtrain.cli.preparation import Inputs, open_inputs
 from mtrain.cli.rank_checks import check_same_inputs
@@ -37,7 +38,7 @@ from mtrain.lora.merge import merged_lookup
 from mtrain.lora.weights import adapter_lookup
 from mtrain.model.build import fuse_weight_gradients
 from mtrain.model.gpt import LanguageModel
-from mtrain.parallel import ParallelState, destroy_parallel
+from mtrain.parallel import ParallelState, destroy_parallel, destroy_world
 from mtrain.platform.device import device_info
 from mtrain.training.balance import count_routers
 from mtrain.training.evaluate import EvaluationResult, evaluate
@@ -74,8 +75,9 @@ def run(config: SftConfig, here: Placement) -> int:
     backend = find_backend(config)
     inputs = open_inputs(config, world_size=here.world_size)
     source, adapter, data = inputs.source, inputs.adapter, inputs.data
-    state = join(config, here, seed=config.training.seed)
-    check_same_inputs(config, source, state, adapter=adapter, data=data)
+    world = join(config, here)
+    check_same_inputs(config, source, world, adapter=adapter, data=data)
+    state = start_parallel(config, world, seed=config.training.seed)
     train_data = Batches(config, TokenizedDataset(data.train), data.report, state)
     total_steps = config.training.train_iters or train_data.plan.total_steps
 
@@ -92,9 +94,9 @@ def run(config: SftConfig, here: Placement) -> int:
         Path(config.checkpoint.output_dir).expanduser(),
         add_version=config.checkpoint.add_version,
         started=started,
-        state=state,
+        world=world,
     )
-    if state.is_first_rank:
+    if world.is_first_rank:
         _announce(source, state, backend=backend, trained=trained, folder=folder)
     with _open_log(config, folder, state, total_steps=total_steps) as log:
         train(
@@ -111,6 +113,7 @@ def run(config: SftConfig, here: Placement) -> int:
             save=functools.partial(_save, config, inputs, state, folder, backend, bare),
         )
     destroy_parallel()
+    destroy_world()
     return 0
 
 
@@ -226,7 +229,6 @@ def _save(
                 source=source.folder,
                 table=source.table,
                 lora=adapter.lora,
-                backend=backend,
                 dtype=_adapter_dtype(config, source),
                 base=base_name(config.model),
                 fingerprint=adapter.fingerprint,
@@ -235,6 +237,7 @@ def _save(
             ),
             arguments=arguments,
             state=state,
+            backend=backend,
             save_total_limit=limit,
             protected=None if adapter.stored is None else adapter.stored.folder,
         )

@@ -59,9 +59,14 @@ def training_device(local_rank: int) -> torch.device:
     return device
 
 
-def collective_backend() -> str:
-    """The `torch.distributed` backend for the device: nccl with a GPU, otherwise gloo."""
-    return "nccl" if has_gpu() else "gloo"
+def collective_backend(device: torch.device | None = None) -> str:
+    """The `torch.distributed` backend for a device: nccl for a GPU, otherwise gloo.
+
+    Args:
+        device: The device; None for the one that is trained on.
+    """
+    is_gpu = has_gpu() if device is None else device.type == "cuda"
+    return "nccl" if is_gpu else "gloo"
 
 
 def device_info() -> DeviceInfo:

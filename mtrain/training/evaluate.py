@@ -64,7 +64,7 @@ def evaluate(
         chunk.train()
     if state.coordinates.tp_rank != 0:
         total.zero_()
-    dist.all_reduce(total, group=state.groups.world)
+    dist.all_reduce(total, group=state.world.group)
     loss, correct, num_tokens = total.tolist()
     if not num_tokens:
         raise ValueError("the validation data has no token to compute a loss on")

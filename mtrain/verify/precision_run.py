@@ -94,7 +94,7 @@ def _on_first_rank(work: Callable[[], Any], state: ParallelState) -> Any:
         except _LOADING_ERRORS as error:
             reason = " ".join(str(error).split())
             answer[1] = f"the precision test cannot be made: {type(error).__name__}: {reason}"
-    dist.broadcast_object_list(answer, src=0, group=state.groups.world, device=state.device)
+    dist.broadcast_object_list(answer, src=0, group=state.world.group, device=state.device)
     if answer[1] is not None:
         raise ValueError(answer[1])
     return answer[0]

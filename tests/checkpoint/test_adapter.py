@@ -53,7 +53,6 @@ def form_of(source: Path, *, layout="per_expert", dtype=torch.float32) -> Adapte
         source=source,
         table=table_of(source),
         lora=plan_of(source),
-        backend="torch",
         dtype=dtype,
         base="org/name",
         fingerprint="00",
@@ -74,6 +73,7 @@ def save(state: ParallelState, source: Path, run: Path, layout="per_expert", ste
             form=form_of(source, layout=layout),
             arguments={"lr": 1e-5, "model": "模型"},
             state=state,
+            backend="torch",
             **{"save_total_limit": None} | options,
         )
     return saved
@@ -181,7 +181,7 @@ def export(state: ParallelState, adapter: Path, source: Path, folder: Path, layo
         stored,
         form=form_of(source, layout=layout, dtype=dtype),
         arguments={},
-        state=state,
+        world=state.world,
         exist_ok=False,
     )
 

@@ -39,7 +39,7 @@ ADAPTER = {"adapter_config.json", "adapter_tensors.json"}
 def destination(state, folder: Path, *, exist_ok: bool = False, sources=()) -> Destination:
     return Destination(
         folder=folder,
-        state=state,
+        world=state.world,
         exist_ok=exist_ok,
         arguments={"model": "模型"},
         origin={"model": "org/name"},

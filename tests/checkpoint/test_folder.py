@@ -31,7 +31,9 @@ STARTED = datetime(2026, 11, 21, 9, 5, 7)
 
 
 def make_folder(state: ParallelState, output_dir: Path, add_version: bool) -> Path:
-    return create_run_folder(output_dir, add_version=add_version, started=STARTED, state=state)
+    return create_run_folder(
+        output_dir, add_version=add_version, started=STARTED, world=state.world
+    )
 
 
 def refuse_folder(state: ParallelState, output_dir: Path) -> str:
@@ -86,7 +88,7 @@ def publish(
             run,
             step,
             changes.get("write") or writer(state),
-            state=state,
+            world=state.world,
             num_bytes=changes.get("num_bytes", 16),
             retention=retention,
             source={"model": f"seen by rank {state.rank}"},
@@ -258,7 +260,9 @@ def publish_into(state: ParallelState, folder: Path, die_after: int | None) -> N
 
     patch.setattr(Path, "replace", replaced)
     try:
-        publish_folder(folder, writer(state), state=state, num_bytes=0, source={}, exist_ok=True)
+        publish_folder(
+            folder, writer(state), world=state.world, num_bytes=0, source={}, exist_ok=True
+        )
     except Killed:
         assert die_after is not None
     else:

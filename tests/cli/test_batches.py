@@ -7,7 +7,7 @@ from mtrain.cli.batches import Batches
 from mtrain.config import DataConfig, SftConfig, TrainingConfig
 from mtrain.data.encode import Encoded
 from mtrain.data.storage import TokenizedDataset, write_samples
-from mtrain.parallel import ParallelLayout, ParallelState
+from mtrain.parallel import ParallelLayout, ParallelState, World
 from tests.cli.test_rank_checks import prepared
 
 LENGTHS = [5, 9, 16, 3, 12, 7, 8, 2]
@@ -32,9 +32,8 @@ def dataset(tmp_path_factory) -> TokenizedDataset:
 def state_of(layout: ParallelLayout, rank: int) -> ParallelState:
     return ParallelState(
         layout=layout,
-        rank=rank,
+        world=World(size=layout.world_size, rank=rank, device=None, group=None, timeout_seconds=60),
         coordinates=layout.coordinates(rank),
-        device=None,
         groups=None,
     )
 

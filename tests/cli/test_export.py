@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from mtrain.config import (
     TunerConfig,
     resolve_export,
 )
-from mtrain.parallel import ParallelLayout, destroy_parallel
+from mtrain.parallel import ParallelLayout, destroy_world
 from tests.lora.peft_folders import load_with_peft, logits_of, save_with_peft, weights_of
 from tests.ranks import run_ranks
 from tests.test_invariance import layout
@@ -62,7 +64,7 @@ def run_alone(config: ExportConfig) -> Path:
     try:
         assert export.run(config, Placement()) == 0
     finally:
-        destroy_parallel()
+        destroy_world()
     return Path(config.checkpoint.output_dir)
 
 
@@ -151,8 +153,8 @@ def test_a_result_takes_the_place_of_older_weights_when_told(folders, merged, tm
 
 def export_on_rank(state, config: ExportConfig) -> int:
     """The command on a rank that is there already."""
-    export.join = lambda *_, **__: state
-    export.destroy_parallel = lambda: None
+    export.join = lambda *_, **__: state.world
+    export.destroy_world = lambda: None
     return export.run(config, Placement(rank=state.rank, world_size=state.layout.world_size))
 
 
@@ -186,3 +188,40 @@ def test_every_layout_writes_the_same(folders, merged, tmp_path, sizes) -> None:
     for path in merged.glob("*.json"):
         if path.name not in ("args.json", "manifest.json"):
             assert (output / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+_HEAVY = ("megatron", "transformer_engine", "transformers")
+_EXPORT_AND_LIST = f"""
+import sys
+from mtrain.cli.main import main
+assert main(["export", *sys.argv[1:]]) == 0
+print(sorted(set({_HEAVY}) & sys.modules.keys()))
+"""
+
+
+@pytest.fixture(scope="module")
+def mcore(folders, tmp_path_factory) -> Path:
+    """The model in Megatron-Core's format."""
+    config = ExportConfig(
+        model=ModelConfig(model=str(folders[0])),
+        checkpoint=CheckpointConfig(output_dir=str(tmp_path_factory.mktemp("mcore") / "model")),
+        export=ExportOptions(to_mcore=True),
+    )
+    run_ranks(layout(), export_on_rank, resolve_export(config))
+    return Path(config.checkpoint.output_dir)
+
+
+@pytest.mark.parametrize("kind", ["model", "merged", "adapter"])
+def test_hugging_face_files_are_written_without_megatron(folders, mcore, tmp_path, kind) -> None:
+    """Its import is most of the time that a small conversion takes."""
+    base, adapter = map(str, folders)
+    words = {
+        "model": ["--mcore_model", str(mcore)],
+        "merged": ["--mcore_model", str(mcore), "--adapters", adapter, "--merge_lora", "true"],
+        "adapter": ["--model", base, "--adapters", adapter, "--merge_lora", "false"],
+    }
+    command = [sys.executable, "-c", _EXPORT_AND_LIST, *words[kind], "--to_hf", "true"]
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.stdout == "[]\n", done.stderr

@@ -71,7 +71,7 @@ def compare(state, folder: Path, changes: list[dict], keys: list[str]) -> str:
     model = ModelConfig(model=str(folder))
     source = open_source(model, ParallelConfig(), world_size=1, download=False)
     try:
-        check_same_inputs(config, source, state, data=prepared(keys[state.rank]))
+        check_same_inputs(config, source, state.world, data=prepared(keys[state.rank]))
     except ValueError as error:
         return str(error)
     return "same"
@@ -127,7 +127,10 @@ def compare_adapters(state, folder: Path, alphas: list[int]) -> str:
     source = open_source(model, ParallelConfig(), world_size=1, download=False)
     try:
         check_same_inputs(
-            config, source, state, adapter=AdapterSource(lora=lora, stored=stored, fingerprint="")
+            config,
+            source,
+            state.world,
+            adapter=AdapterSource(lora=lora, stored=stored, fingerprint=""),
         )
     except ValueError as error:
         return str(error)

@@ -22,7 +22,7 @@ from mtrain.config import (
     resolve_sft,
 )
 from mtrain.data.loader import BatchPlan
-from mtrain.parallel import destroy_parallel
+from mtrain.parallel import destroy_parallel, destroy_world
 
 
 def loop_plan(*, total_steps: int, num_samples: int = 10, **changes):
@@ -90,6 +90,7 @@ def run_alone(config: SftConfig) -> Path:
         assert sft.run(config, Placement()) == 0
     finally:
         destroy_parallel()
+        destroy_world()
     (folder,) = Path(config.checkpoint.output_dir).expanduser().iterdir()
     return folder
 

@@ -6,7 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from mtrain.lora.plan import PEFT_PREFIX
-from mtrain.parallel import destroy_parallel, initialize_parallel
+from mtrain.parallel import (
+    destroy_parallel,
+    destroy_world,
+    initialize_parallel,
+    initialize_world,
+)
 from mtrain.platform.device import has_transformer_engine
 from tests.adapters import attached, peft_model, plan_of, random_factors
 from tests.megatron import SINGLE, load_model, packed_inputs
@@ -21,8 +26,9 @@ NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 @pytest.fixture(scope="module")
 def state():
-    yield initialize_parallel(SINGLE)
+    yield initialize_parallel(SINGLE, initialize_world())
     destroy_parallel()
+    destroy_world()
 
 
 def on_gpu(inputs):

@@ -4,7 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mtrain.parallel import ParallelLayout, destroy_parallel, initialize_parallel
+from mtrain.parallel import (
+    ParallelLayout,
+    destroy_parallel,
+    destroy_world,
+    initialize_parallel,
+    initialize_world,
+)
 from mtrain.platform.device import has_transformer_engine
 from tests.megatron import load_model, packed_inputs
 from tests.tiny import TINY, make_checkpoint
@@ -17,8 +23,9 @@ VOCAB = 131
 
 @pytest.fixture(scope="module")
 def state():
-    yield initialize_parallel(ParallelLayout())
+    yield initialize_parallel(ParallelLayout(), initialize_world())
     destroy_parallel()
+    destroy_world()
 
 
 def on_gpu(inputs):

@@ -100,7 +100,12 @@ def convert(state, source: Path, adapter: Path, root: Path) -> None:
 
     def to(name: str) -> Destination:
         return Destination(
-            folder=root / name, state=state, exist_ok=False, arguments={}, origin={}, sources=[]
+            folder=root / name,
+            world=state.world,
+            exist_ok=False,
+            arguments={},
+            origin={},
+            sources=[],
         )
 
     described = ModelDescription(folder=source, hf_config=hf_config)

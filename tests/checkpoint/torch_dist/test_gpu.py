@@ -6,7 +6,13 @@ import torch
 from mtrain.bridge.plan import weight_table
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.checkpoint.torch_dist.reader import open_torch_dist
-from mtrain.parallel import ParallelLayout, destroy_parallel, initialize_parallel
+from mtrain.parallel import (
+    ParallelLayout,
+    destroy_parallel,
+    destroy_world,
+    initialize_parallel,
+    initialize_world,
+)
 from mtrain.platform.device import has_transformer_engine
 from mtrain.verify.compare import compare_checkpoints
 from tests.megatron import read_config
@@ -19,8 +25,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def state():
-    yield initialize_parallel(ParallelLayout())
+    yield initialize_parallel(ParallelLayout(), initialize_world())
     destroy_parallel()
+    destroy_world()
 
 
 @pytest.mark.parametrize("name", ["llama3_tied", "qwen2", "qwen3", "qwen3_moe", "qwen3_moe_mixed"])
