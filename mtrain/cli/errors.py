@@ -3,16 +3,23 @@
 The one thing to know: a ValueError (a mistake of the user) or RuntimeError (the environment cannot)
 that a `raise` of mtrain's own raised says all there is to say. One out of a library is a fault that
 needs its traceback.
+
+Exit codes: 0 all was done, 1 something failed, 2 a mistake of the user, 124 nothing happened for
+--hang_timeout, 130 Ctrl-C, 138 and 143 ended by SIGUSR1 and SIGTERM (training is saved first), 128
+plus its number for any other signal.
 """
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import NoReturn
 
 import mtrain
+from mtrain.platform.node_notes import NodeNotes
+from mtrain.platform.signals import EndedBySignal, signal_exit_code
 
 __all__ = [
     "EXIT_FAILURE",
@@ -23,6 +30,7 @@ __all__ = [
     "error_line",
     "exit_code",
     "is_foreseen",
+    "signal_line",
 ]
 
 EXIT_FAILURE = 1
@@ -56,13 +64,25 @@ def is_foreseen(error: BaseException) -> bool:
 
 
 def exit_code(error: BaseException) -> int:
-    """2 for a mistake of the user, 1 for everything else."""
+    """2 for a mistake of the user, 1 for everything else that fails; see above."""
+    if isinstance(error, EndedBySignal):
+        return signal_exit_code(error.signum)
     return EXIT_USER_ERROR if isinstance(error, ValueError) else EXIT_FAILURE
 
 
 def error_line(command: str, error: BaseException) -> str:
     """The one line that is printed for a foreseen error."""
     return f"megatron {command}: error: {' '.join(str(error).split())}"
+
+
+def signal_line(command: str, error: EndedBySignal) -> str:
+    """The one line that is printed when a signal ends the command."""
+    name = signal.Signals(error.signum).name
+    if error.at_once:
+        return f"megatron {command}: ended at once by a second {name}"
+    # Between the first and the last step a signal raises nothing.
+    note = " outside training; nothing was lost" if command == "sft" else ""
+    return f"megatron {command}: ended by {name}{note}"
 
 
 def end_failed_rank(
@@ -85,9 +105,11 @@ def end_failed_rank(
         failure_folder: A folder that the ranks of this node share, or None.
     """
     code = EXIT_FAILURE
-    is_first = _claim_first_failure(failure_folder)
+    is_first = NodeNotes(failure_folder).claim_failure()
     if isinstance(error, KeyboardInterrupt):
         code, text = EXIT_INTERRUPTED, ""
+    elif isinstance(error, EndedBySignal):
+        code, text = exit_code(error), f"{signal_line(command, error)}\n" if is_first else ""
     elif is_foreseen(error):
         code, text = exit_code(error), f"{error_line(command, error)}\n" if is_first else ""
     elif is_first:
@@ -102,18 +124,3 @@ def end_failed_rank(
     sys.stderr.flush()
     os.write(2, text.encode(errors="backslashreplace"))
     os._exit(code)
-
-
-def _claim_first_failure(failure_folder: Path | None) -> bool:
-    """Whether this process is the first of its node to fail; creating a file decides."""
-    if failure_folder is None:
-        return True
-    try:
-        failure_folder.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(failure_folder / "first_failure", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
-        return False
-    except OSError:
-        # A full or read-only disk must not hide the error.
-        return True
-    return True

@@ -15,8 +15,20 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
-__all__ = ["Launch", "Placement", "join_ranks", "launch_ranks", "read_environment"]
+from mtrain.cli.rank_signals import RankSignals
+from mtrain.platform.node_notes import NodeNotes
+from mtrain.platform.signals import signal_exit_code, signal_of_exit_code
+
+__all__ = [
+    "Launch",
+    "Placement",
+    "join_ranks",
+    "launch_ranks",
+    "rank_exit_code",
+    "read_environment",
+]
 
 # Set by `launch_ranks` for the ranks it starts: a folder that lives as long as the run.
 _RUN_FOLDER = "MTRAIN_RUN_FOLDER"
@@ -109,23 +121,22 @@ def launch_ranks(launch: Launch, words: Sequence[str]) -> int:
     """Runs torchrun in this process until all ranks of this node have ended.
 
     When one fails the others are ended. The ranks report their errors themselves
-    (`mtrain.cli.errors`), so torchrun's own report is not shown.
+    (`mtrain.cli.errors`), so torchrun's own report is not shown. SIGTERM and SIGUSR1 are for the
+    ranks (`mtrain.cli.rank_signals`).
 
     Args:
         launch: What to start.
         words: What each rank runs, as after `torchrun` (`-m module arguments...`).
 
     Returns:
-        Exit code: 0, or that of the first rank that failed (128 + number for a signal).
+        Exit code: 0, or that of the first rank that failed, or 128 + number if a signal ended them.
 
     Raises:
+        EndedBySignal: A signal ended them that saved nothing for it.
         ValueError: The nodes cannot meet at MASTER_ADDR and MASTER_PORT.
     """
-    from torch.distributed import DistError, run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed import DistError
 
-    _silence_torchrun()
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // launch.nproc_per_node)))
     address = launch.master_addr or "127.0.0.1"
@@ -137,23 +148,62 @@ def launch_ranks(launch: Launch, words: Sequence[str]) -> int:
         f"--master-addr={address}",
         f"--master-port={port}",
     ]
-    args = run.parse_args([*options, *words])
-    # As an attribute, because older torchruns do not have the option.
-    args.shutdown_timeout = _SECONDS_TO_END
     with tempfile.TemporaryDirectory(prefix="mtrain-", ignore_cleanup_errors=True) as folder:
         os.environ[_RUN_FOLDER] = folder
         try:
-            run.run(args)
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            return _exit_code(rank, failure.exitcode)
-        except SignalException as error:
-            return 128 + error.sigval
+            return _run_torchrun([*options, *words], NodeNotes(Path(folder)))
         except DistError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"MASTER_ADDR={address} MASTER_PORT={port}: {reason}") from error
         finally:
             del os.environ[_RUN_FOLDER]
+
+
+def _run_torchrun(words: Sequence[str], notes: NodeNotes) -> int:
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    _silence_torchrun()
+    args = run.parse_args(words)
+    # As attributes, because older torchruns do not have the options.
+    args.shutdown_timeout = _SECONDS_TO_END
+    # The others are ours. torchrun's way to handle SIGTERM is to end the ranks.
+    args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+    signals = RankSignals(notes, end_ranks=_end_ranks)
+    try:
+        with signals:
+            run.run(args)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return _exit_code(rank, failure.exitcode)
+    except SignalException as error:
+        if signals.ended_by is not None:
+            raise signals.ended_by from None
+        return 128 + error.sigval
+    stopped_by = notes.stopped_by()
+    return signal_exit_code(stopped_by) if stopped_by else 0
+
+
+def _end_ranks(signum: int) -> NoReturn:
+    """Makes torchrun, which runs in this thread, pass on a signal and kill who does not end."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    sigval = signal.Signals(signum)
+    raise SignalException(f"the ranks are ended by {sigval.name}", sigval=sigval)
+
+
+def rank_exit_code(placement: Placement, code: int) -> int:
+    """What a rank ends with.
+
+    For torchrun every code but 0 is a failure, for which it ends the other ranks. So a rank of
+    `launch_ranks` that saved and ended because of a signal leaves a note, which becomes the exit
+    code of the run.
+    """
+    signum = signal_of_exit_code(code)
+    if not signum or not placement.is_prepared:
+        return code
+    NodeNotes(placement.failure_folder).note_stopped(signum)
     return 0
 
 

@@ -64,6 +64,12 @@ class TrainingConfig:
     )
     vit_gradient_checkpointing: bool | None = flag(None, "Recompute the vision tower.")
 
+    hang_timeout: int = flag(
+        0,
+        "Seconds without a completed step, evaluation or save after which every rank prints its "
+        "stack and the run ends; 0: never.",
+        minimum=0,
+    )
     manual_gc: bool = flag(False, "Collect garbage at the same step on all ranks.")
     manual_gc_steps: int = flag(0, "Steps between collections; 0: only at the start.", minimum=0)
     manual_gc_eval: bool = flag(True, "Collect around evaluations as well.")

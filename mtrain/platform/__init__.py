@@ -1,1 +1,1 @@
-"""What differs between machines with and without a GPU, in one place."""
+"""What is asked of the machine: the device, with and without a GPU, and signals."""

@@ -1,16 +1,29 @@
 """Who is told what when something fails. The end of a rank is tested in test_launch.py."""
 
 import json
+import signal
 import traceback
+from pathlib import Path
 
 import torch
 
 from mtrain.bridge.slices import view_box
 from mtrain.bridge.spans import Span
-from mtrain.cli.errors import _claim_first_failure, error_line, exit_code, is_foreseen
+from mtrain.cli import errors
+from mtrain.cli.errors import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    error_line,
+    exit_code,
+    is_foreseen,
+    signal_line,
+)
 from mtrain.config.checkpoint import parse_byte_size
 from mtrain.model.backends import choose_backend
 from mtrain.platform import device
+from mtrain.platform.signals import EndedBySignal
+from mtrain.training.watchdog import EXIT_HANG
 
 
 def caught(function, *args) -> Exception:
@@ -53,12 +66,19 @@ def test_the_line_of_an_error_is_one_line() -> None:
     assert line == "megatron sft: error: a b"
 
 
-def test_only_one_process_is_the_first_to_fail(tmp_path) -> None:
-    folder = tmp_path / "new"
-    assert [_claim_first_failure(folder) for _ in range(3)] == [True, False, False]
-    assert _claim_first_failure(None)
+def test_the_line_of_a_signal_says_whether_something_may_be_lost() -> None:
+    first, second = EndedBySignal(signal.SIGUSR1), EndedBySignal(signal.SIGTERM, at_once=True)
+    line = "megatron sft: ended by SIGUSR1 outside training; nothing was lost"
+    assert signal_line("sft", first) == line
+    assert signal_line("export", first) == "megatron export: ended by SIGUSR1"
+    assert signal_line("sft", second) == "megatron sft: ended at once by a second SIGTERM"
+    assert [exit_code(error) for error in (first, second)] == [138, 143]
 
 
-def test_a_disk_that_cannot_be_written_does_not_hide_the_error(tmp_path) -> None:
-    (tmp_path / "file").write_text("")
-    assert _claim_first_failure(tmp_path / "file" / "folder")
+def test_the_documented_exit_codes_are_those_of_the_code() -> None:
+    text = " ".join(errors.__doc__.split())
+    assert f"{EXIT_FAILURE} something failed, {EXIT_USER_ERROR} a mistake" in text
+    assert f"{EXIT_HANG} nothing happened" in text
+    page = (Path(__file__).parents[2] / "docs" / "stopping.md").read_text("utf-8")
+    for code in (EXIT_FAILURE, EXIT_USER_ERROR, EXIT_HANG, EXIT_INTERRUPTED, "138, 143"):
+        assert f"\n| {code} |" in page

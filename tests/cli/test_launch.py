@@ -1,6 +1,7 @@
 """Reading the environment of launchers, and real ranks that fail."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mtrain.cli.launch import Launch, Placement, join_ranks, read_environment
+from mtrain.cli.launch import Launch, Placement, join_ranks, rank_exit_code, read_environment
+from mtrain.platform.node_notes import NodeNotes
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,11 +19,16 @@ ROOT = Path(__file__).parents[2]
 RANK_SCRIPT = """
 import functools, os, sys, time
 from mtrain.cli.errors import end_failed_rank
-from mtrain.cli.launch import Launch, launch_ranks, read_environment
+from mtrain.cli.launch import Launch, launch_ranks, rank_exit_code, read_environment
+from mtrain.platform.signals import EndedBySignal, end_on_signals
+from mtrain.platform.stop_request import StopRequest
 
 here = read_environment()
 if isinstance(here, Launch):
-    sys.exit(launch_ranks(here, [__file__]))
+    try:
+        sys.exit(launch_ranks(here, [__file__]))
+    except EndedBySignal as error:
+        sys.exit(print(error, "at once" * error.at_once, file=sys.stderr) or 128 + error.signum)
 report = functools.partial(
     end_failed_rank, command="sft", rank=here.rank, failure_folder=here.failure_folder
 )
@@ -30,22 +37,33 @@ print(f"rank {here.rank} of {here.world_size} prepared={here.is_prepared}", flus
 """
 
 
-def start_ranks(
+def open_ranks(
     tmp_path: Path, body: str, *, num_ranks: int = 2, **variables: str
-) -> tuple[subprocess.CompletedProcess[str], float]:
+) -> subprocess.Popen[str]:
     script = tmp_path / "ranks.py"
     script.write_text(RANK_SCRIPT + body)
     environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environ |= {"NPROC_PER_NODE": str(num_ranks), "PYTHONPATH": str(ROOT)} | variables
-    start = time.monotonic()
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, str(script)],
         env=environ,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=90,
         cwd=tmp_path,
     )
+
+
+def start_ranks(
+    tmp_path: Path, body: str, *, num_ranks: int = 2, **variables: str
+) -> tuple[subprocess.CompletedProcess[str], float]:
+    start = time.monotonic()
+    with open_ranks(tmp_path, body, num_ranks=num_ranks, **variables) as process:
+        try:
+            out, err = process.communicate(timeout=90)
+        finally:
+            process.kill()
+    done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
     return done, time.monotonic() - start
 
 
@@ -223,3 +241,111 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         done, _ = start_ranks(tmp_path, "", MASTER_PORT=port)
     assert done.returncode != 0
     assert f"ValueError: MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: " in done.stderr
+
+
+# A loop that stops when asked, and saves for longer than torchrun's grace would be.
+TRAINING = """
+folder = here.failure_folder
+with StopRequest(folder) as stop:
+    print("step", os.getpid(), flush=True)
+    while not stop.requested:
+        time.sleep(0.05)
+    print("saving", flush=True)
+    while not os.path.exists("may_end"):
+        time.sleep(0.05)
+    print("saved", flush=True)
+sys.exit(rank_exit_code(here, 128 + stop.requested))
+"""
+
+
+def lines_until(process: subprocess.Popen[str], word: str, *, count: int) -> list[str]:
+    """Reads what the ranks print until the word has come so often; those lines."""
+    found = []
+    while len(found) < count:
+        line = process.stdout.readline()
+        assert line, process.communicate()
+        found += [line] if line.startswith(word) else []
+    return found
+
+
+def rest_of(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What is printed until the end; `communicate` forgets what was read ahead with a line."""
+    process.wait(timeout=60)
+    return process.stdout.read(), process.stderr.read()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_launcher_lets_all_ranks_save(
+    tmp_path: Path, signum: signal.Signals
+) -> None:
+    """T30."""
+    with open_ranks(tmp_path, TRAINING) as process:
+        lines_until(process, "step", count=2)
+        process.send_signal(signum)
+        lines_until(process, "saving", count=2)
+        (tmp_path / "may_end").touch()
+        out, err = rest_of(process)
+    assert process.returncode == 128 + signum
+    assert out.count("saved") == 2
+    # torchrun's report of failed ranks would be here.
+    assert err == (
+        f"megatron: {signum.name}: saving after this step; a second signal ends at once\n"
+    )
+
+
+def test_a_signal_to_one_rank_is_the_exit_code_of_the_run(tmp_path: Path) -> None:
+    """T30: the other rank is told by the training loop; here, by the test."""
+    with open_ranks(tmp_path, TRAINING) as process:
+        for line in lines_until(process, "step", count=2):
+            os.kill(int(line.split()[1]), signal.SIGUSR1)
+        (tmp_path / "may_end").touch()
+        out, err = rest_of(process)
+    assert process.returncode == 138
+    assert out.count("saved") == 2
+    assert err == ""
+
+
+def test_a_second_signal_to_the_launcher_ends_ranks_that_save(tmp_path: Path) -> None:
+    """T30."""
+    with open_ranks(tmp_path, TRAINING) as process:
+        pids = [int(line.split()[1]) for line in lines_until(process, "step", count=2)]
+        process.send_signal(signal.SIGTERM)
+        lines_until(process, "saving", count=2)
+        # It counts once it is not a copy of the first any more.
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        out, err = rest_of(process)
+    assert process.returncode == 143
+    assert "saved" not in out
+    assert err.splitlines()[-1] == "SIGTERM at once"
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_signal_before_training_ends_the_ranks(tmp_path: Path) -> None:
+    """T30: there is nothing to save yet, and one line about it."""
+    body = """
+try:
+    with end_on_signals():
+        print("start-up", flush=True)
+        while True:
+            time.sleep(60)
+except EndedBySignal as error:
+    report(error)
+"""
+    with open_ranks(tmp_path, body) as process:
+        lines_until(process, "start-up", count=2)
+        process.send_signal(signal.SIGUSR1)
+        _, err = rest_of(process)
+    assert process.returncode == 138
+    assert err == "SIGUSR1 \n"
+
+
+def test_a_rank_of_another_launcher_ends_with_the_code_of_the_signal(tmp_path: Path) -> None:
+    ours = Placement(is_prepared=True, failure_folder=tmp_path)
+    other = Placement(failure_folder=tmp_path)
+    assert [rank_exit_code(other, code) for code in (0, 1, 143)] == [0, 1, 143]
+    assert NodeNotes(tmp_path).stopped_by() == 0
+    assert [rank_exit_code(ours, code) for code in (0, 1, 143)] == [0, 1, 0]
+    assert NodeNotes(tmp_path).stopped_by() == signal.SIGTERM
