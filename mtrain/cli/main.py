@@ -18,8 +18,16 @@ from mtrain.cli.errors import (
     error_line,
     exit_code,
     is_foreseen,
+    signal_line,
 )
-from mtrain.cli.launch import Launch, Placement, join_ranks, launch_ranks, read_environment
+from mtrain.cli.launch import (
+    Launch,
+    Placement,
+    join_ranks,
+    launch_ranks,
+    rank_exit_code,
+    read_environment,
+)
 from mtrain.cli.parser import format_help, parse_config
 from mtrain.config.checks import check_export, check_sft
 from mtrain.config.model_checks import check_model_folder
@@ -34,6 +42,7 @@ from mtrain.config.path_checks import (
 )
 from mtrain.config.run import ExportConfig, SftConfig, resolve_export, resolve_sft
 from mtrain.config.saved_arguments import fill_base
+from mtrain.platform.signals import EndedBySignal, end_on_signals
 
 __all__ = ["main"]
 
@@ -57,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Words after `megatron`; default: those of this process.
 
     Returns:
-        Exit code: 0, 2 for a mistake in the command line or files, 1 for what failed later, 130
-        after Ctrl-C.
+        Exit code; `mtrain.cli.errors` says what it means.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in _HELP_WORDS:
@@ -69,7 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = words[0]
     try:
-        return _find_command(command)(words[1:])
+        with end_on_signals():
+            return _find_command(command)(words[1:])
+    except EndedBySignal as error:
+        print(signal_line(command, error), file=sys.stderr)
+        return exit_code(error)
     except KeyboardInterrupt:
         print(f"megatron {command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -129,8 +141,8 @@ class _Command(Generic[C]):
             if not here.is_prepared:
                 show_progress = here.local_rank == 0
                 self.prepare(config, world_size=here.world_size, show_progress=show_progress)
-            return self.run(config, here)
-        except (KeyboardInterrupt, ValueError, RuntimeError) as error:
+            return rank_exit_code(here, self.run(config, here))
+        except (EndedBySignal, KeyboardInterrupt, ValueError, RuntimeError) as error:
             # Not for `main`: a rank that failed must not wait for the others when it ends.
             report(error)
 
