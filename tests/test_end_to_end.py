@@ -64,8 +64,8 @@ def hf_loss(checkpoint: Path, dataset: TokenizedDataset) -> float:
 def trained(machine, tmp_path_factory) -> tuple[Path, Done]:
     """The run on one rank that the others are compared with, and what it said."""
     output_dir = tmp_path_factory.mktemp("one_rank") / "out"
-    done = machine.sft(
-        *("--model", str(machine.model), *WORDS, "--split_dataset_ratio", "0.1"),
+    done = machine.megatron_afresh(
+        *("sft", "--model", str(machine.model), *WORDS, "--split_dataset_ratio", "0.1"),
         *("--packing", "true", "--max_length", "96", "--global_batch_size", "4"),
         *("--train_iters", "10", "--lr", "1e-2", "--save_steps", "4", "--save_total_limit", "2"),
         *("--eval_steps", "5", "--logging_steps", "2", "--output_dir", str(output_dir)),
@@ -221,8 +221,8 @@ if os.environ.get("LOCAL_RANK") == "1":
 def test_a_rank_that_fails_ends_the_run_with_one_traceback(machine, tmp_path) -> None:
     """T32."""
     (tmp_path / "sitecustomize.py").write_text(BREAK_RANK_1)
-    done = machine.sft(
-        *("--model", str(machine.model), *WORDS, "--train_iters", "3"),
+    done = machine.megatron_afresh(
+        *("sft", "--model", str(machine.model), *WORDS, "--train_iters", "3"),
         *("--global_batch_size", "2", "--output_dir", str(tmp_path / "out")),
         num_ranks=2,
         PYTHONPATH=f"{tmp_path}:{ROOT}",

@@ -64,11 +64,10 @@ def adapter(machine) -> Path:
     return single
 
 
-def run_export(machine: Machine, *words: str, num_ranks: int = 4) -> Done:
+def run_export(machine: Machine, *words: str, num_ranks: int = 4, is_afresh: bool = False) -> Done:
     """Runs the command; fails with what it said."""
-    done = machine.megatron(
-        "export", *words, *(LAYOUT if num_ranks > 1 else ()), num_ranks=num_ranks
-    )
+    command = machine.megatron_afresh if is_afresh else machine.megatron
+    done = command("export", *words, *(LAYOUT if num_ranks > 1 else ()), num_ranks=num_ranks)
     assert done.code == 0, done.stderr
     return done
 
@@ -95,6 +94,7 @@ def mcore(machine) -> Path:
         machine,
         *("--model", str(machine.model), "--output_dir", str(folder), "--to_mcore", "true"),
         *PROOF,
+        is_afresh=True,
     )
     return folder
 

@@ -29,8 +29,8 @@ def data_words() -> tuple[str, ...]:
 def trained(machine, data_words, tmp_path_factory) -> tuple[Path, Done]:
     """An adapter that was trained on two tensor-parallel ranks, and what was said."""
     output_dir = tmp_path_factory.mktemp("trained") / "out"
-    done = machine.sft(
-        *("--model", str(machine.model), *data_words, "--global_batch_size", "4"),
+    done = machine.megatron_afresh(
+        *("sft", "--model", str(machine.model), *data_words, "--global_batch_size", "4"),
         *("--tuner_type", "lora", "--lora_rank", "4", "--tensor_model_parallel_size", "2"),
         *("--train_iters", "8", "--lr", "2e-2", "--save_steps", "4", "--logging_steps", "2"),
         *("--output_dir", str(output_dir), "--add_version", "false"),
@@ -44,7 +44,7 @@ def trained(machine, data_words, tmp_path_factory) -> tuple[Path, Done]:
 def merged(machine, trained, tmp_path_factory) -> Path:
     """The adapter merged on two ranks."""
     output_dir = tmp_path_factory.mktemp("merged") / "out"
-    done = machine.megatron(
+    done = machine.megatron_afresh(
         *("export", "--model", str(machine.model), "--adapters", str(trained[0] / "checkpoint-8")),
         *("--merge_lora", "true", "--to_hf", "true", "--output_dir", str(output_dir)),
         *("--tensor_model_parallel_size", "2"),

@@ -160,8 +160,8 @@ def test_output_into_the_folder_of_the_model_is_refused(machine) -> None:
 
 
 def test_a_model_that_cannot_be_fetched_is_one_line(machine) -> None:
-    done = machine.sft(
-        *("--model", "owner/name", "--use_hf", "true", *WORDS, "--train_iters", "1"),
+    done = machine.megatron_afresh(
+        *("sft", "--model", "owner/name", "--use_hf", "true", *WORDS, "--train_iters", "1"),
         HF_ENDPOINT="http://127.0.0.1:9",
     )
     assert done.code == 2

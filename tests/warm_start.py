@@ -1,0 +1,116 @@
+"""`megatron` without the wait: in forks of the process that has imported everything already.
+
+`run_warm` does what a shell and torchrun do for a user: processes of their own for the command and
+for each of its ranks, with the environment and the rendezvous that torchrun gives them. Only the
+imports are inherited (`tests/ranks.py`); they take several times as long as a tiny run. How ranks
+are really started is for the commands that `tests/machine.py` starts afresh.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import TCPStore
+
+import tests.ranks  # noqa: F401  says what the fork server imports
+from mtrain.cli.launch import Launch
+
+ROOT = Path(__file__).parents[1]
+_FORK_SERVER = multiprocessing.get_context("forkserver")
+_SECONDS_TO_END = 10
+
+
+def run_warm(
+    words: Sequence[str], environ: Mapping[str, str], *, timeout_seconds: int
+) -> tuple[int, str]:
+    """Runs `megatron WORDS...`.
+
+    Returns:
+        Exit code, and what all its processes wrote to standard error.
+
+    Raises:
+        AssertionError: It takes longer than the timeout.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        code = _run_processes([(list(words), dict(environ), folder)], deadline)
+        if (folder / "launch").exists():
+            num_ranks, rank_words = json.loads((folder / "launch").read_text())
+            assert rank_words[:2] == ["-m", "mtrain.cli.main"], rank_words
+            # The one that torchrun keeps for its ranks.
+            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            places = [
+                {**environ, **_torchrun_variables(rank, num_ranks, store.port, folder)}
+                for rank in range(num_ranks)
+            ]
+            code = _run_processes([(rank_words[2:], place, folder) for place in places], deadline)
+        return code, (folder / "stderr").read_text()
+
+
+def _torchrun_variables(rank: int, num_ranks: int, port: int, folder: Path) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "MTRAIN_RUN_FOLDER": str(folder),
+    }
+
+
+def _run_processes(jobs: Sequence[tuple[Any, ...]], deadline: float) -> int:
+    """Exit code of the first that fails, after which the others are ended; otherwise 0."""
+    processes = [_FORK_SERVER.Process(target=_run, args=job) for job in jobs]
+    for process in processes:
+        process.start()
+    try:
+        running = {process.sentinel: process for process in processes}
+        while running:
+            ready = wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
+            assert ready, f"{len(running)} processes did not end in time"
+            for sentinel in ready:
+                process = running.pop(sentinel)
+                process.join()
+                if process.exitcode:
+                    return process.exitcode
+        return 0
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(_SECONDS_TO_END)
+            process.kill()
+            process.join()
+
+
+def _run(words: list[str], environ: dict[str, str], folder: Path) -> None:
+    from mtrain.cli import main
+
+    def launch_ranks(launch: Launch, words: Sequence[str]) -> int:
+        (folder / "launch").write_text(json.dumps([launch.nproc_per_node, list(words)]))
+        return 0
+
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(ROOT)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
+    main.launch_ranks = launch_ranks
+    try:
+        code = main.main(words)
+    except Exception:
+        # Ranks replace it; it then ends the process.
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.exit(code)
