@@ -56,7 +56,7 @@ def gathered(state, lookup, output, table):
         output.mkdir(parents=True)
     torch.distributed.barrier()
     options = {"state": state, "backend": "torch", "dtype": torch.float32, "max_shard_size": 10**9}
-    save_weights(lookup, output, table=table, **options)
+    save_weights(lookup, output, table=table, **options)()
     torch.distributed.barrier()
     return load_all(output) if state.is_first_rank else {}
 

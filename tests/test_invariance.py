@@ -114,7 +114,7 @@ def train_three_steps(state, folder: Path, lengths, output: Path, parallel: Para
         backend="torch",
         dtype=torch.float32,
         max_shard_size=10**9,
-    )
+    )()
     return losses, grad_norms
 
 

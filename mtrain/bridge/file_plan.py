@@ -7,7 +7,7 @@ group, and no two machines write to one file, which network file systems do not 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -29,8 +29,8 @@ class WeightFile:
         name: Its name in the folder.
         tensors: Name and shape of its tensors, in order.
         num_bytes: Size of the tensors together.
-        group: Process group that holds all parts of all its tensors.
-        members: Global ranks of that group, in the order of the group.
+        group: Whether its tensors are split as dense parameters ("tp") or as experts ("etp").
+        members: Global ranks that hold all parts of all its tensors.
         writer: The member that writes the file.
     """
 
@@ -49,15 +49,19 @@ def plan_files(
     dtype: str,
     max_shard_size: int,
     stem: str = WEIGHTS_STEM,
+    only: Container[str] | None = None,
+    is_data_sharded: bool = False,
 ) -> tuple[WeightFile, ...]:
     """Plans all files of a checkpoint.
 
-    Files go to the member of the group with the fewest bytes to write so far, over all its data
-    parallel copies.
+    Files go to the member with the fewest bytes to write so far, over all data parallel copies.
 
     Args:
         table: Weights of the model.
         layout: Parallel sizes.
+        only: Names of the tensors that are saved; None for all.
+        is_data_sharded: Whether data parallel ranks hold parts, as of optimizer state, and not
+            copies.
         dtype: Dtype of the tensors in the words of the format, e.g. "BF16".
         max_shard_size: Most bytes of tensors in a file; a larger tensor has a file for itself.
         stem: How the names of the files begin.
@@ -65,11 +69,13 @@ def plan_files(
     Raises:
         ValueError: The model cannot be split that way.
     """
-    holders = _holders(layout)
+    holders = _holders(layout, is_data_sharded=is_data_sharded)
     load = [0] * layout.world_size
     files: list[WeightFile] = []
     for owner, homes in _by_owner(table, layout).items():
         group: Group = "tp" if owner[1] is None else "etp"
+        if only is not None:
+            homes = [home for home in homes if home.name in only]
         for tensors, num_bytes in _cut(homes, dtype=dtype, max_shard_size=max_shard_size):
             candidates = [(load[rank], rank) for members in holders[owner] for rank in members]
             writer = min(candidates)[1]
@@ -101,14 +107,19 @@ def _by_owner(table: WeightTable, layout: ParallelLayout) -> dict[_Owner, list[T
     return owners
 
 
-def _holders(layout: ParallelLayout) -> dict[_Owner, list[tuple[int, ...]]]:
+def _holders(
+    layout: ParallelLayout, *, is_data_sharded: bool
+) -> dict[_Owner, list[tuple[int, ...]]]:
     """The groups that hold all parts of an owner's tensors: one for each data-parallel copy."""
     dense: dict[tuple[int, int, int], list[int]] = {}
     expert: dict[tuple[int, int, int], list[int]] = {}
     for rank in range(layout.world_size):
         at = layout.coordinates(rank)
-        dense.setdefault((at.pp_rank, at.dp_rank, at.cp_rank), []).append(rank)
-        expert.setdefault((at.pp_rank, at.ep_rank, at.edp_rank), []).append(rank)
+        copy, copy_of_experts = (at.dp_rank, at.cp_rank), at.edp_rank
+        if is_data_sharded:
+            copy, copy_of_experts = (0, 0), 0
+        dense.setdefault((at.pp_rank, *copy), []).append(rank)
+        expert.setdefault((at.pp_rank, at.ep_rank, copy_of_experts), []).append(rank)
     holders: dict[_Owner, list[tuple[int, ...]]] = {}
     for (pp_rank, _, _), ranks in dense.items():
         holders.setdefault((pp_rank, None), []).append(tuple(ranks))
@@ -142,7 +153,8 @@ def cut_by_size(
             part, total = [], 0
         part.append(item)
         total += size
-    yield tuple(part), total
+    if part:
+        yield tuple(part), total
 
 
 def file_name(number: int, num_files: int, *, stem: str) -> str:

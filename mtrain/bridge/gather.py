@@ -1,7 +1,7 @@
 """Brings blocks of Hugging Face tensors from the ranks that hold parts of them to a writer.
 
-The one thing to know: all members of a group call `gather` with the same buckets in the same order,
-and each computes from the plans of the others what they send, so only weights are sent.
+The one thing to know: all members call `gather` with the same buckets in the same order, and each
+computes from the plans of the others what they send, so only weights are sent, each element once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from mtrain.bridge.plan import ParameterPlan, Plan, Shape
 from mtrain.bridge.slices import view_box
 from mtrain.bridge.spans import Piece, box_shape, box_size, clip
+from mtrain.parallel import World
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,22 @@ class Block:
 Bucket = tuple[Block, ...]
 # (chunk, name, expert) -> tensor of that parameter, or of one of the experts that it stacks.
 TensorLookup = Callable[[int, str, int | None], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A rank that holds parts of tensors.
+
+    Attributes:
+        rank: Global rank.
+        shard: Its index in the tensor-parallel group (of experts: in theirs). Members with the same
+            index hold different elements, those with another hold copies of what is not split.
+        plan: What it holds.
+    """
+
+    rank: int
+    shard: int
+    plan: Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,33 +97,24 @@ def make_buckets(tensors: tuple[tuple[str, Shape], ...], *, max_elements: int) -
 
 
 class BlockGatherer:
-    """Gathers buckets inside one process group.
+    """Gathers buckets from some ranks.
 
     Args:
-        plans: Plan of every member, in the order of the group.
-        me: Index of this rank in the group.
-        group: The process group; it may be None when there is one member.
+        members: The ranks, the same on each.
+        world: This rank, which is one of them.
         lookup: Gives the local tensor of a parameter, or of one of its experts.
         dtype: Dtype of the tensors.
-        device: Where they are.
     """
 
     def __init__(
-        self,
-        plans: list[Plan],
-        *,
-        me: int,
-        group: dist.ProcessGroup | None,
-        lookup: TensorLookup,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, members: list[Member], *, world: World, lookup: TensorLookup, dtype: torch.dtype
     ) -> None:
-        self._sources = [_sources_by_name(plan) for plan in plans]
-        self._me = me
-        self._group = group
+        self._members = members
+        self._sources = [_sources_by_name(member.plan) for member in members]
+        self._me = [member.rank for member in members].index(world.rank)
+        self._world = world
         self._lookup = lookup
         self._dtype = dtype
-        self._device = device
 
     def gather(self, bucket: Bucket, *, writer: int) -> torch.Tensor | None:
         """Puts a bucket together on one member.
@@ -117,19 +126,25 @@ class BlockGatherer:
         Returns:
             The elements of the blocks one after the other, on the writer; None on the others.
         """
-        parts = [self._parts(member, bucket, writer) for member in range(len(self._sources))]
-        sizes = [sum(box_size(part.piece.hf) for part in member) for member in parts]
-        mine = self._pack(parts[self._me], size=max(sizes))
-        # Nothing is sent when only the writer has a part, as in a bucket of norms.
-        if any(size for member, size in enumerate(sizes) if member != writer):
-            received = self._exchange(mine, num_members=len(sizes), writer=writer)
-        else:
-            received = [mine] * len(sizes)
+        parts = [self._parts(member, bucket, writer) for member in range(len(self._members))]
+        mine = self._pack(parts[self._me])
         if self._me != writer:
+            if mine.numel():
+                self._exchange([(dist.isend, mine, writer)])
             return None
+        received = [self._empty(_num_elements(theirs)) for theirs in parts]
+        received[writer] = mine
+        self._exchange(
+            [
+                (dist.irecv, packed, member)
+                for member, packed in enumerate(received)
+                if member != writer and packed.numel()
+            ]
+        )
         num_elements = sum(prod(block.shape) for block in bucket)
-        assert sum(sizes) == num_elements, "the parts do not make up the blocks"
-        whole = torch.empty(num_elements, dtype=self._dtype, device=self._device)
+        held = sum(packed.numel() for packed in received)
+        assert held == num_elements, f"{held} of {num_elements} elements of {bucket} are held"
+        whole = self._empty(num_elements)
         views = _split(whole, [block.shape for block in bucket])
         for member_parts, packed in zip(parts, received, strict=True):
             sources = _split(packed, [box_shape(part.piece.hf) for part in member_parts])
@@ -140,17 +155,18 @@ class BlockGatherer:
 
     def _parts(self, member: int, bucket: Bucket, writer: int) -> list[_Part]:
         """What a member contributes to a bucket."""
+        is_alike = self._members[member].shard == self._members[writer].shard
         return [
             _Part(index, parameter, clipped)
             for index, block in enumerate(bucket)
             for parameter, piece in self._sources[member].get(block.name, ())
-            # All members hold the same of what is not split; the writer takes its own.
-            if parameter.split_over or member == writer
+            # Of what is not split every shard has a copy; that of the writer's is taken.
+            if parameter.split_over or is_alike
             for clipped in _within(piece, block)
         ]
 
-    def _pack(self, parts: list[_Part], *, size: int) -> torch.Tensor:
-        packed = torch.empty(size, dtype=self._dtype, device=self._device)
+    def _pack(self, parts: list[_Part]) -> torch.Tensor:
+        packed = self._empty(_num_elements(parts))
         targets = _split(packed, [box_shape(part.piece.hf) for part in parts])
         for part, target in zip(parts, targets, strict=True):
             parameter = part.parameter
@@ -160,14 +176,27 @@ class BlockGatherer:
             target.view(source.shape).copy_(source)
         return packed
 
-    def _exchange(self, mine: torch.Tensor, *, num_members: int, writer: int) -> list[torch.Tensor]:
-        # As bytes: not every backend knows every dtype.
-        data = mine.view(torch.uint8)
-        received = None
-        if self._me == writer:
-            received = [torch.empty_like(data) for _ in range(num_members)]
-        dist.gather(data, received, group=self._group, group_dst=writer)
-        return [] if received is None else [packed.view(self._dtype) for packed in received]
+    def _exchange(self, messages: list[tuple[Callable[..., Any], torch.Tensor, int]]) -> None:
+        """Sends or receives; each message with the member at its other end."""
+        if not messages:
+            return
+        # As bytes: not every backend knows every dtype. Not by group: sizes differ, and most
+        # members have nothing of a bucket.
+        operations = [
+            dist.P2POp(
+                operation, packed.view(torch.uint8), self._members[peer].rank, self._world.group
+            )
+            for operation, packed, peer in messages
+        ]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+
+    def _empty(self, num_elements: int) -> torch.Tensor:
+        return torch.empty(num_elements, dtype=self._dtype, device=self._world.device)
+
+
+def _num_elements(parts: list[_Part]) -> int:
+    return sum(box_size(part.piece.hf) for part in parts)
 
 
 def _sources_by_name(plan: Plan) -> Mapping[str, list[tuple[ParameterPlan, Piece]]]:

@@ -52,14 +52,19 @@ class Checkpoint:
         return SafetensorsReader(self.tensors)
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, stem: str = WEIGHTS_STEM) -> Checkpoint:
     """Reads the index and the header of every file of a checkpoint; no tensor is read.
+
+    Args:
+        folder: Its folder.
+        stem: How the names of its files begin.
 
     Raises:
         ValueError: The folder holds no safetensors checkpoint or not a sound one; the message
             names the file and the tensor.
     """
-    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+    single = folder / f"{stem}.safetensors"
+    index = folder / f"{single.name}.index.json"
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if index.is_file():
@@ -67,7 +72,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if single.is_file():
         _check_inside(folder, single)
         return Checkpoint(folder=folder, tensors=read_header(single))
-    raise ValueError(f"{folder}: no safetensors checkpoint{_found_instead(folder)}")
+    found = _found_instead(folder) or f" ({single.name} or {index.name})"
+    raise ValueError(f"{folder}: no safetensors checkpoint{found}")
 
 
 def _open_sharded(folder: Path, index: Path) -> Checkpoint:
@@ -77,9 +83,10 @@ def _open_sharded(folder: Path, index: Path) -> Checkpoint:
     content = parse_json(index.read_bytes(), source=index)
     weight_map = _read_weight_map(index, content)
     files = sorted(set(weight_map.values()))
-    if SINGLE_FILE not in files and (folder / SINGLE_FILE).is_file():
+    single = index.name.removesuffix(".index.json")
+    if single not in files and (folder / single).is_file():
         raise ValueError(
-            f"{folder}: holds {SINGLE_FILE} and an index of other files; remove one of the two"
+            f"{folder}: holds {single} and an index of other files; remove one of the two"
         )
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
@@ -152,7 +159,7 @@ def _found_instead(folder: Path) -> str:
             f" (found {_listed(pickles)}; pickle files can run code and are never opened: "
             "convert them to safetensors)"
         )
-    return f" ({SINGLE_FILE} or {INDEX_FILE})"
+    return ""
 
 
 def _listed(names: list[str]) -> str:

@@ -6,13 +6,33 @@ The one thing to know: it hashes what it writes, so nobody has to read the file 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from mtrain.bridge.safetensors_header import make_header, tensor_bytes
 from mtrain.bridge.written import FileHasher, WrittenFile
+
+_Entries = Iterable[tuple[str, str, tuple[int, ...]]]
+
+
+class TensorFile(AbstractContextManager["TensorFile"], Protocol):
+    """What takes the bytes of a file's tensors, front to back."""
+
+    def append(self, part: torch.Tensor) -> None:
+        """Takes the next bytes: uint8 [num_bytes] on the CPU, which the caller may reuse."""
+        ...
+
+    @property
+    def written(self) -> WrittenFile:
+        """The record of the file, which is on disk then."""
+        ...
+
+
+OpenFile = Callable[[Path, _Entries], TensorFile]
 
 
 class SafetensorsWriter:
@@ -27,7 +47,7 @@ class SafetensorsWriter:
         tensors: Name, dtype and shape of each tensor.
     """
 
-    def __init__(self, path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
+    def __init__(self, path: Path, tensors: _Entries) -> None:
         entries = list(tensors)
         self._path = path
         self._missing = sum(tensor_bytes(dtype, shape) for _, dtype, shape in entries)
@@ -69,3 +89,38 @@ class SafetensorsWriter:
         while data:
             # An unbuffered file may take less than it was given.
             data = data[self._file.write(data) :]
+
+
+class DeferredWriter:
+    """A file that is kept in memory, and written when its record is asked for.
+
+    So that training can go on meanwhile: whoever asks, in a thread of its own, needs no other rank.
+
+    Args:
+        path: The file; it must not exist.
+        tensors: Name, dtype and shape of each tensor.
+    """
+
+    def __init__(self, path: Path, tensors: _Entries) -> None:
+        self._path = path
+        self._entries = list(tensors)
+        self._parts: list[torch.Tensor] = []
+
+    def __enter__(self) -> DeferredWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+    def append(self, part: torch.Tensor) -> None:
+        """Keeps a copy of the next bytes: uint8 [num_bytes] on the CPU."""
+        self._parts.append(part.clone())
+
+    @property
+    def written(self) -> WrittenFile:
+        """Writes the file, frees its memory on the way, and returns the record; once only."""
+        with SafetensorsWriter(self._path, self._entries) as writer:
+            self._parts.reverse()
+            while self._parts:
+                writer.append(self._parts.pop())
+        return writer.written

@@ -1,11 +1,12 @@
 """Saves the model chunks of all ranks as one Hugging Face checkpoint, in bounded memory.
 
-Tensors travel to the writer of their file in buckets of rows, inside their tensor-parallel group
-only. Pipeline stages and expert-parallel ranks write their own; data-parallel copies share.
+Tensors travel to the writer of their file in buckets of rows, from the ranks that hold parts of
+them. Pipeline stages and expert-parallel ranks write their own; data-parallel copies share.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import zip_longest
@@ -14,13 +15,13 @@ from pathlib import Path
 import torch
 
 from mtrain.bridge.file_plan import WeightFile, plan_files
-from mtrain.bridge.gather import BlockGatherer, Bucket, TensorLookup, make_buckets
+from mtrain.bridge.gather import BlockGatherer, Bucket, Member, TensorLookup, make_buckets
 from mtrain.bridge.plan import Backend, Plan, plan_rank
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_folder import WEIGHTS_STEM
-from mtrain.bridge.safetensors_writer import SafetensorsWriter
+from mtrain.bridge.safetensors_writer import OpenFile, SafetensorsWriter, TensorFile
 from mtrain.bridge.written import WrittenFile, write_json
-from mtrain.parallel import ParallelState
+from mtrain.parallel import ParallelLayout, ParallelState
 
 BUCKET_BYTES = 128 * 2**20
 # Dtypes that are saved, in the words of the format.
@@ -51,11 +52,12 @@ def save_weights(
     max_shard_size: int,
     bucket_bytes: int = BUCKET_BYTES,
     stem: str = WEIGHTS_STEM,
-) -> tuple[WrittenFile, ...]:
+    open_file: OpenFile = SafetensorsWriter,
+) -> Callable[[], list[WrittenFile]]:
     """Writes the weights of the model chunks of all ranks.
 
-    All ranks call it. When it returns, the files of this rank are on disk, those of other ranks
-    perhaps not yet.
+    All ranks call it, and then what it returns, which needs no other rank any more. When that
+    returns, the files of this rank are on disk, those of other ranks perhaps not yet.
 
     Args:
         lookup: Finds a weight of this rank, or computes it, when it is needed; see `lookup_in`.
@@ -68,9 +70,11 @@ def save_weights(
         max_shard_size: Most bytes of tensors in a file.
         bucket_bytes: Most bytes moved at once, if a row is not larger; memory stays below 4 times.
         stem: How the names of the files begin.
+        open_file: What takes the tensors of a file: `SafetensorsWriter` writes them as they come,
+            `DeferredWriter` when it is asked for the record of the file.
 
     Returns:
-        The files of this rank; the first rank's has the index among them.
+        What gives the files of this rank; the first rank's has the index among them.
 
     Raises:
         OSError: This rank could not write a file. The others do not hear of it from here.
@@ -82,23 +86,20 @@ def save_weights(
         max_shard_size=max_shard_size,
         stem=stem,
     )
-    written = _write_groups(
+    return save_tensors(
         files,
         folder,
         lookup,
         plan_member=lambda rank: plan_rank(table, layout=state.layout, rank=rank, backend=backend),
         state=state,
         dtype=dtype,
-        max_bytes=bucket_bytes,
+        bucket_bytes=bucket_bytes,
+        stem=stem,
+        open_file=open_file,
     )
-    if len(files) > 1 and state.is_first_rank:
-        weight_map = {name: file.name for file in files for name, _ in file.tensors}
-        num_bytes = sum(file.num_bytes for file in files)
-        written.append(write_index(folder, weight_map, num_bytes=num_bytes, stem=stem))
-    return tuple(written)
 
 
-def _write_groups(
+def save_tensors(
     files: Sequence[WeightFile],
     folder: Path,
     lookup: TensorLookup,
@@ -106,35 +107,75 @@ def _write_groups(
     plan_member: Callable[[int], Plan],
     state: ParallelState,
     dtype: torch.dtype,
-    max_bytes: int,
-) -> list[WrittenFile]:
-    """Writes the files of this rank, kind of group by kind of group."""
-    written: list[WrittenFile] = []
+    bucket_bytes: int = BUCKET_BYTES,
+    stem: str = WEIGHTS_STEM,
+    open_file: OpenFile = SafetensorsWriter,
+) -> Callable[[], list[WrittenFile]]:
+    """Writes files that are planned already; otherwise as `save_weights`.
+
+    Args:
+        files: From `plan_files`, the same on all ranks.
+        folder: As for `save_weights`.
+        lookup: Finds what the plan of this rank names.
+        plan_member: What a rank holds; all ranks give the same answer.
+        state: This rank.
+        dtype: Dtype of all the tensors.
+        bucket_bytes: As for `save_weights`.
+        stem: How the names of the files begin.
+        open_file: As for `save_weights`.
+
+    Raises:
+        OSError: This rank could not write a file. The others do not hear of it from here.
+    """
+    writers: list[TensorFile] = []
     error: OSError | None = None
-    # Every rank is in one group of each kind. Going through all files of one kind first keeps the
-    # order of collectives the same for everybody.
-    for kind, group in (("tp", state.groups.tp), ("etp", state.groups.etp)):
+    # Every rank is among the members of one list of files of each kind. Going through all of one
+    # kind first keeps the order of messages the same for everybody.
+    for kind in ("tp", "etp"):
         mine = [file for file in files if file.group == kind and state.rank in file.members]
         if not mine:
             continue
-        members = mine[0].members
-        gatherer = BlockGatherer(
-            [plan_member(rank) for rank in members],
-            me=members.index(state.rank),
-            group=group,
-            lookup=lookup,
-            dtype=dtype,
-            device=state.device,
-        )
+        members = [_member(rank, kind, plan_member, state.layout) for rank in mine[0].members]
+        gatherer = BlockGatherer(members, world=state.world, lookup=lookup, dtype=dtype)
         try:
-            written += _write_files(
-                mine, folder, gatherer, state.rank, dtype=dtype, max_bytes=max_bytes
+            writers += _write_files(
+                mine,
+                folder,
+                gatherer,
+                state.rank,
+                dtype=dtype,
+                max_bytes=bucket_bytes,
+                open_file=open_file,
             )
         except OSError as problem:
             error = error or problem
     if error is not None:
         raise error
+    return functools.partial(_records, writers, files, folder, state.is_first_rank, stem)
+
+
+def _records(
+    writers: Sequence[TensorFile],
+    files: Sequence[WeightFile],
+    folder: Path,
+    is_first_rank: bool,
+    stem: str,
+) -> list[WrittenFile]:
+    """The files of this rank, once they are written; the first rank writes the index."""
+    written = [writer.written for writer in writers]
+    if len(files) > 1 and is_first_rank:
+        weight_map = {name: file.name for file in files for name, _ in file.tensors}
+        num_bytes = sum(file.num_bytes for file in files)
+        written.append(write_index(folder, weight_map, num_bytes=num_bytes, stem=stem))
     return written
+
+
+def _member(
+    rank: int, kind: str, plan_member: Callable[[int], Plan], layout: ParallelLayout
+) -> Member:
+    at = layout.coordinates(rank)
+    shard = at.tp_rank if kind == "tp" else at.etp_rank
+    return Member(rank=rank, shard=shard, plan=plan_member(rank))
 
 
 @torch.no_grad()
@@ -146,8 +187,9 @@ def _write_files(
     *,
     dtype: torch.dtype,
     max_bytes: int,
-) -> list[WrittenFile]:
-    """Writes the files of one kind of group.
+    open_file: OpenFile,
+) -> list[TensorFile]:
+    """Fills the files of one kind of group.
 
     A rank that cannot write raises at the end: until then it takes part in gathering, so that the
     others do not wait for it.
@@ -155,13 +197,13 @@ def _write_files(
     staging = _HostBuffer()
     max_elements = max(1, max_bytes // dtype.itemsize)
     error: OSError | None = None
-    writers: dict[str, SafetensorsWriter] = {}
+    writers: dict[str, TensorFile] = {}
     with ExitStack() as stack:
         try:
             for file in files:
                 if file.writer == rank:
                     entries = [(name, DTYPE_NAMES[dtype], shape) for name, shape in file.tensors]
-                    writer = SafetensorsWriter(folder / file.name, entries)
+                    writer = open_file(folder / file.name, entries)
                     writers[file.name] = stack.enter_context(writer)
         except OSError as caught:
             error = caught
@@ -174,7 +216,7 @@ def _write_files(
                     error = caught
         if error is not None:
             raise error
-    return [writer.written for writer in writers.values()]
+    return list(writers.values())
 
 
 def _in_turns(files: list[WeightFile], *, max_elements: int) -> Iterator[tuple[WeightFile, Bucket]]:

@@ -17,9 +17,10 @@ import torch
 from mtrain.bridge.gather import TensorLookup
 from mtrain.bridge.plan import Backend, hf_tensors
 from mtrain.bridge.rules import WeightTable
+from mtrain.bridge.safetensors_writer import OpenFile
 from mtrain.bridge.save import save_weights
 from mtrain.bridge.written import WrittenFile, write_json
-from mtrain.checkpoint.folder import Retention, publish_checkpoint, publish_folder
+from mtrain.checkpoint.folder import Contents, PendingFiles, publish_folder
 from mtrain.checkpoint.weights import SMALL_FILES_BYTES, copy_beside_weights
 from mtrain.lora.adapter_file import join_adapter_files, write_adapter_file
 from mtrain.lora.adapter_settings import CONFIG_FILE
@@ -30,7 +31,7 @@ from mtrain.lora.peft_format import WEIGHTS_FILE, StoredAdapter
 from mtrain.lora.plan import LoraPlan, adapter_table
 from mtrain.parallel import ParallelState, World
 
-__all__ = ["AdapterFormat", "export_adapter", "save_adapter"]
+__all__ = ["AdapterFormat", "adapter_contents", "export_adapter"]
 
 _PART_STEM = "adapter_part"
 
@@ -60,38 +61,31 @@ class AdapterFormat:
     dropout: float
 
 
-def save_adapter(
-    run: Path,
-    step: int,
+def adapter_contents(
     lookup: TensorLookup,
     *,
     form: AdapterFormat,
     arguments: Mapping[str, Any],
     state: ParallelState,
     backend: Backend,
-    save_total_limit: int | None,
+    open_file: OpenFile,
     protected: Path | None = None,
-) -> Path:
-    """Saves the adapter of all ranks as `run/checkpoint-<step>`.
+) -> Contents:
+    """The adapter of all ranks.
 
     Args:
-        run: Folder of the run.
-        step: Steps done.
         lookup: Finds the tensors of the adapter on this rank.
         form: How it is written.
         arguments: The resolved configuration, for args.json.
-        state: This rank; every rank must call this.
+        state: This rank.
         backend: Spelling of the norms in the chunks.
-        save_total_limit: Checkpoints kept, this one included; None keeps all.
-        protected: A folder that is never deleted: the adapter that training started from.
-
-    Raises:
-        SaveError: On every rank; older checkpoints are untouched.
+        open_file: What takes the tensors of a file.
+        protected: A folder that is never overwritten: the adapter that training started from.
     """
     num_bytes = _num_bytes(form)
 
-    def write(folder: Path) -> list[WrittenFile]:
-        save_weights(
+    def write(folder: Path) -> list[PendingFiles]:
+        finish = save_weights(
             lookup,
             folder,
             table=adapter_table(form.table, form.lora),
@@ -100,22 +94,25 @@ def save_adapter(
             dtype=form.dtype,
             max_shard_size=max(1, num_bytes),
             stem=_PART_STEM,
+            open_file=open_file,
         )
-        # They become one file and go.
-        return []
+
+        def write_parts() -> list[WrittenFile]:
+            finish()
+            # They become one file and go.
+            return []
+
+        return [write_parts]
 
     def finish(folder: Path) -> list[WrittenFile]:
         return [_join(folder, form), *_write_beside(folder, form, arguments)]
 
-    return publish_checkpoint(
-        run,
-        step,
-        write,
-        world=state.world,
+    return Contents(
+        write=write,
         # The parts and what they become are there at once.
         num_bytes=2 * num_bytes + SMALL_FILES_BYTES,
-        retention=Retention(limit=save_total_limit, protected=protected),
         source=_source(form),
+        sources=[form.source, *([protected] if protected else [])],
         finish=finish,
     )
 
@@ -157,16 +154,14 @@ def export_adapter(
             )
         return [weights, *_write_beside(staged, form, arguments)]
 
-    publish_folder(
-        folder,
-        lambda _: [],
-        world=world,
+    contents = Contents(
+        write=lambda _: [],
         num_bytes=_num_bytes(form) + SMALL_FILES_BYTES,
         source=_source(form),
         sources=[form.source, stored.folder],
-        exist_ok=exist_ok,
         finish=finish,
     )
+    publish_folder(folder, contents, world=world, exist_ok=exist_ok)
 
 
 def _source(form: AdapterFormat) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_header import tensor_bytes
 from mtrain.bridge.sources import StoredWeights
 from mtrain.bridge.written import WrittenFile, record_file, write_json
-from mtrain.checkpoint.folder import LATEST_FILE, publish_folder
+from mtrain.checkpoint.folder import LATEST_FILE, Contents, publish_folder
 from mtrain.checkpoint.torch_dist.folder import (
     FIRST_ITERATION,
     TENSORS_FILE,
@@ -69,19 +69,17 @@ class Destination:
         num_bytes: int,
     ) -> None:
         """Writes the folder on all ranks; see `publish_folder`."""
-        publish_folder(
-            self.folder,
-            write,
-            world=self.world,
+        contents = Contents(
+            write=lambda staged: [lambda: write(staged)],
             num_bytes=num_bytes + SMALL_FILES_BYTES,
             source=self.origin,
             sources=self.sources,
-            exist_ok=self.exist_ok,
             finish=lambda staged: [
                 *finish(staged),
                 write_json(staged, "args.json", self.arguments),
             ],
         )
+        publish_folder(self.folder, contents, world=self.world, exist_ok=self.exist_ok)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,12 +18,13 @@ import torch
 
 from mtrain.bridge.gather import TensorLookup
 from mtrain.bridge.plan import Backend, hf_tensors, weight_table
+from mtrain.bridge.safetensors_writer import OpenFile
 from mtrain.bridge.save import save_weights
 from mtrain.bridge.written import WrittenFile, record_file, write_json
-from mtrain.checkpoint.folder import Retention, publish_checkpoint
+from mtrain.checkpoint.folder import Contents, PendingFiles
 from mtrain.parallel import ParallelState
 
-__all__ = ["WeightsFormat", "save_checkpoint"]
+__all__ = ["WeightsFormat", "weights_contents"]
 
 # What belongs to a tokenizer or to generation, in all spellings that transformers knows.
 _COPIED = (
@@ -65,38 +66,44 @@ class WeightsFormat:
     max_shard_size: int
 
 
-def save_checkpoint(
-    run: Path,
-    step: int,
+def weights_contents(
     lookup: TensorLookup,
     *,
     form: WeightsFormat,
     arguments: Mapping[str, Any],
     state: ParallelState,
-    save_total_limit: int | None,
-) -> Path:
-    """Saves the model of all ranks as `run/checkpoint-<step>`.
+    open_file: OpenFile,
+) -> Contents:
+    """The model of all ranks as a Hugging Face checkpoint.
 
     Args:
-        run: Folder of the run.
-        step: Steps done.
         lookup: Finds the weights of this rank, as for `save_weights`.
         form: How weights are written.
         arguments: The resolved configuration, for args.json.
-        state: This rank; every rank must call this.
-        save_total_limit: Checkpoints kept, this one included; None keeps all.
-
-    Raises:
-        SaveError: On every rank; older checkpoints are untouched.
+        state: This rank.
+        open_file: What takes the tensors of a file.
     """
-    return publish_checkpoint(
-        run,
-        step,
-        functools.partial(_write, lookup, form, arguments, state),
-        world=state.world,
+
+    def write(folder: Path) -> list[PendingFiles]:
+        weights = save_weights(
+            lookup,
+            folder,
+            table=weight_table(form.hf_config),
+            state=state,
+            backend=form.backend,
+            dtype=form.dtype,
+            max_shard_size=form.max_shard_size,
+            open_file=open_file,
+        )
+        if not state.is_first_rank:
+            return [weights]
+        return [weights, functools.partial(_write_beside, folder, form, arguments)]
+
+    return Contents(
+        write=write,
         num_bytes=_num_bytes(form),
-        retention=Retention(limit=save_total_limit, protected=form.source),
         source=_source(form),
+        sources=[form.source],
     )
 
 
@@ -110,27 +117,10 @@ def _num_bytes(form: WeightsFormat) -> int:
     return num_elements * form.dtype.itemsize + SMALL_FILES_BYTES
 
 
-def _write(
-    lookup: TensorLookup,
-    form: WeightsFormat,
-    arguments: Mapping[str, Any],
-    state: ParallelState,
-    folder: Path,
+def _write_beside(
+    folder: Path, form: WeightsFormat, arguments: Mapping[str, Any]
 ) -> list[WrittenFile]:
-    """Writes this rank's files."""
-    weights = save_weights(
-        lookup,
-        folder,
-        table=weight_table(form.hf_config),
-        state=state,
-        backend=form.backend,
-        dtype=form.dtype,
-        max_shard_size=form.max_shard_size,
-    )
-    if not state.is_first_rank:
-        return list(weights)
     return [
-        *weights,
         *copy_beside_weights(form.source, folder),
         write_json(folder, "config.json", with_dtype(form.hf_config, form.dtype)),
         write_json(folder, "args.json", arguments),

@@ -23,6 +23,8 @@ class Batches:
         state: ParallelState,
         *,
         is_training: bool = True,
+        first_step: int = 0,
+        first_unit: int = 0,
     ) -> None:
         data, training = config.data, config.training
         packing_length = data.packing_length if data.packing else None
@@ -38,6 +40,8 @@ class Batches:
             seed=training.seed,
             packing_length=packing_length,
             packing_strategy=data.packing_strategy,
+            first_step=first_step,
+            first_unit=first_unit,
         )
         self._layout = BatchLayout(
             micro_batch_size=training.micro_batch_size,
@@ -53,13 +57,13 @@ class Batches:
         """Samples of an epoch."""
         return len(self._dataset)
 
-    def steps(self, num_steps: int) -> Iterator[list[PackedBatch]]:
-        """The micro-batches of each step."""
+    def steps(self, num_steps: int, *, first: int = 0) -> Iterator[list[PackedBatch]]:
+        """The micro-batches of each step, of those from `first` on."""
         return load_steps(
             self._dataset,
             self.plan,
             self._layout,
-            range(num_steps),
+            range(first, num_steps),
             dp_rank=self._state.coordinates.dp_rank,
             dp_size=self._state.layout.dp_size,
             num_workers=self._data.dataloader_num_workers,

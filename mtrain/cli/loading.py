@@ -11,6 +11,7 @@ import torch
 
 from mtrain.bridge.load import load_weights
 from mtrain.bridge.plan import Backend
+from mtrain.bridge.sources import StoredWeights
 from mtrain.cli.adapter_source import AdapterSource
 from mtrain.cli.model_source import ModelSource, parallel_layout
 from mtrain.cli.rank_checks import check_attention, check_collectives
@@ -100,6 +101,7 @@ def load_adapter(
     dtype: torch.dtype,
     dropout: float,
     seed: int,
+    resumed: StoredWeights | None = None,
 ) -> None:
     """Attaches an adapter to loaded chunks and gives it its values.
 
@@ -112,13 +114,15 @@ def load_adapter(
         dtype: Dtype of the adapter.
         dropout: Share of its inputs that is dropped in training.
         seed: Seed of fresh values.
+        resumed: Values of a run that goes on, where its checkpoint has them merged.
     """
     lora, table = adapter.lora, source.table
     attach_adapters(
         chunks, lora, table=table, state=state, backend=backend, dtype=dtype, dropout=dropout
     )
-    if adapter.stored is None:
+    stored = resumed or adapter.stored
+    if stored is None:
         initialize_adapters(chunks, lora, table=table, state=state, backend=backend, seed=seed)
         return
-    with adapter.stored.open() as values:
+    with stored.open() as values:
         load_adapters(chunks, values, lora, table=table, state=state, backend=backend)

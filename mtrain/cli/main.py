@@ -40,7 +40,8 @@ from mtrain.config.path_checks import (
     check_trackers,
     local_config_folder,
 )
-from mtrain.config.run import ExportConfig, SftConfig, resolve_export, resolve_sft
+from mtrain.config.resume import resolve_resumed
+from mtrain.config.run import ExportConfig, SftConfig, resolve_export
 from mtrain.config.saved_arguments import fill_base
 from mtrain.platform.signals import EndedBySignal, end_on_signals
 
@@ -101,6 +102,7 @@ class _Command(Generic[C]):
         config: Its configuration.
         read: Words and number of ranks -> resolved and checked configuration.
         check_output: Checks the output folder; once for all ranks.
+        pin: Replaces in the words what one process finds out for all; with the reading function.
         prepare: What happens before the ranks start.
         run: What happens on each rank.
     """
@@ -109,6 +111,7 @@ class _Command(Generic[C]):
     config: type[C]
     read: Callable[[list[str], int], C]
     check_output: Callable[[C], None]
+    pin: Callable[..., list[str]]
     prepare: Callable[..., None]
     run: Callable[[C, Placement], int]
 
@@ -120,6 +123,7 @@ class _Command(Generic[C]):
         here = read_environment()
         if isinstance(here, Placement) and here.world_size > 1:
             return self._on_rank(words, here)
+        words = self.pin(words, lambda pinned: self.read(pinned, here.world_size))
         config = self.read(words, here.world_size)
         self.check_output(config)
         self.prepare(config, world_size=here.world_size, show_progress=True)
@@ -134,6 +138,12 @@ class _Command(Generic[C]):
         )
         sys.excepthook = lambda _kind, error, _trace: report(error)
         try:
+            if not here.is_prepared:
+                words = self.pin(
+                    words,
+                    lambda pinned: self.read(pinned, here.world_size),
+                    show=here.local_rank == 0,
+                )
             config = self.read(words, here.world_size)
             if here.rank == 0 and not here.is_prepared:
                 self.check_output(config)
@@ -155,7 +165,7 @@ def _find_command(name: str) -> Callable[[list[str]], int]:
 
 
 def _read_sft(words: list[str], world_size: int) -> SftConfig:
-    config = fill_base(resolve_sft(parse_config(SftConfig, words)))
+    config = fill_base(resolve_resumed(parse_config(SftConfig, words)))
     check_sft(config, world_size=world_size)
     _check_model(config)
     check_adapters(config.tuner)
@@ -192,6 +202,18 @@ def _prepare_export(config: ExportConfig, *, world_size: int, show_progress: boo
     prepare_export(config, world_size=world_size, show_progress=show_progress)
 
 
+def _pin_sft(
+    words: list[str], read: Callable[[list[str]], SftConfig], *, show: bool = True
+) -> list[str]:
+    from mtrain.cli.resume_search import pin_resume
+
+    return pin_resume(words, read, show=show)
+
+
+def _pin_nothing(words: list[str], *_: object, **__: object) -> list[str]:
+    return words
+
+
 def _run_sft(config: SftConfig, here: Placement) -> int:
     from mtrain.cli.sft import run
 
@@ -209,6 +231,7 @@ _SFT = _Command(
     config=SftConfig,
     read=_read_sft,
     check_output=check_run_dir,
+    pin=_pin_sft,
     prepare=_prepare_sft,
     run=_run_sft,
 )
@@ -217,6 +240,7 @@ _EXPORT = _Command(
     config=ExportConfig,
     read=_read_export,
     check_output=check_export_dir,
+    pin=_pin_nothing,
     prepare=_prepare_export,
     run=_run_export,
 )

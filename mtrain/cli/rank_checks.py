@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Flags that name places on a node; contents are compared instead.
 _PLACES = {
     *("model", "mcore_model", "adapters", "mcore_adapter"),
-    *("dataset", "val_dataset", "output_dir", "tensorboard_dir"),
+    *("dataset", "val_dataset", "output_dir", "tensorboard_dir", "resume_from_checkpoint"),
 }
 
 
@@ -53,6 +53,7 @@ def check_same_inputs(
     *,
     adapter: AdapterSource | None = None,
     data: PreparedData | None = None,
+    step: int | None = None,
 ) -> None:
     """Makes sure that all nodes were given the same flags, model, adapter and data (T35).
 
@@ -66,6 +67,8 @@ def check_same_inputs(
     ours["config.json of --model"] = source.hf_config
     if adapter is not None and adapter.stored is not None:
         ours["adapter_config.json of --adapters"] = adapter.stored.config
+    if step is not None:
+        ours["the step of --resume_from_checkpoint"] = step
     if data is not None:
         # The folder is named by the contents of the data and by the versions that tokenised them.
         ours["the prepared data"] = data.train.parent.name

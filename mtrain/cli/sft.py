@@ -7,7 +7,6 @@ This is the file to read first. By the time it runs, `mtrain.cli.main` has check
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -15,38 +14,47 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from tqdm import tqdm
-
 from mtrain.bridge.plan import Backend
-from mtrain.bridge.save import lookup_in
-from mtrain.bridge.slices import tensors_by_name
-from mtrain.checkpoint.adapter import AdapterFormat, save_adapter
-from mtrain.checkpoint.folder import create_run_folder, write_atomically
-from mtrain.checkpoint.weights import WeightsFormat, save_checkpoint
+from mtrain.checkpoint.folder import write_atomically
+from mtrain.checkpoint.run_folder import create_run_folder
 from mtrain.cli.batches import Batches
 from mtrain.cli.joining import join, training_dtype
 from mtrain.cli.launch import Placement
 from mtrain.cli.loading import find_backend, load_adapter, load_model, start_parallel
-from mtrain.cli.model_source import ModelSource, base_name, hf_names
+from mtrain.cli.model_source import hf_names
+from mtrain.cli.notices import finished_notice, start_notice
 from mtrain.cli.preparation import Inputs, open_inputs
 from mtrain.cli.rank_checks import check_same_inputs
+from mtrain.cli.resuming import (
+    ResumePoint,
+    find_resume_point,
+    merged_adapter,
+    open_batches,
+    restore,
+)
+from mtrain.cli.saving import (
+    TrainingRun,
+    adapter_dtype,
+    check_room,
+    checkpoint_contents,
+    make_saver,
+)
 from mtrain.config import SftConfig, config_to_dict
-from mtrain.data.loader import BatchPlan
 from mtrain.data.storage import TokenizedDataset
-from mtrain.lora.merge import merged_lookup
-from mtrain.lora.weights import adapter_lookup
 from mtrain.model.build import fuse_weight_gradients
 from mtrain.model.gpt import LanguageModel
-from mtrain.parallel import ParallelState, destroy_parallel, destroy_world
+from mtrain.parallel import ParallelState, World, destroy_parallel, destroy_world
 from mtrain.platform.device import device_info
+from mtrain.platform.signals import signal_exit_code
+from mtrain.platform.stop_request import StopRequest
 from mtrain.training.balance import count_routers
 from mtrain.training.evaluate import EvaluationResult, evaluate
 from mtrain.training.flops import ModelShape
 from mtrain.training.freeze import freeze_parameters, keep_graph_connected
-from mtrain.training.loop import LoopPlan, epoch_ends, every, train
+from mtrain.training.loop import LoopPlan, Surroundings, epoch_ends, every, train
 from mtrain.training.metrics import Meter, RunSize
 from mtrain.training.optimizer import build_optimizer, build_scheduler
+from mtrain.training.watchdog import Watchdog
 from mtrain.training.wrap import wrap_chunks
 from mtrain.training.writers import RunLog, open_run_log
 
@@ -74,51 +82,121 @@ def run(config: SftConfig, here: Placement) -> int:
     started = datetime.now()
     backend = find_backend(config)
     inputs = open_inputs(config, world_size=here.world_size)
-    source, adapter, data = inputs.source, inputs.adapter, inputs.data
+    point = find_resume_point(config)
     world = join(config, here)
-    check_same_inputs(config, source, world, adapter=adapter, data=data)
+    check_same_inputs(
+        config,
+        inputs.source,
+        world,
+        adapter=inputs.adapter,
+        data=inputs.data,
+        step=point.trainer.step if point else None,
+    )
     state = start_parallel(config, world, seed=config.training.seed)
-    train_data = Batches(config, TokenizedDataset(data.train), data.report, state)
+    train_data = open_batches(config, inputs, state, point=point)
     total_steps = config.training.train_iters or train_data.plan.total_steps
+    if point is not None and point.trainer.step >= total_steps:
+        _say(world, finished_notice(point, total_steps=total_steps))
+        return _end(0)
 
-    bare, trained = _load(config, inputs, state, backend=backend)
+    run, trained = _build(
+        config, inputs, state, train_data, backend=backend, point=point, total_steps=total_steps
+    )
+    notes = restore(run, point) if point else []
+    folder = create_run_folder(
+        Path(config.checkpoint.output_dir).expanduser(),
+        add_version=config.checkpoint.add_version,
+        started=started,
+        world=world,
+        resumed=point.folder if point else None,
+    )
+    check_room(run, folder)
+    _say(world, start_notice(run, trained=trained, folder=folder), *notes)
+    first_step = point.trainer.step if point else 0
+    stopped_by = _train(run, train_data, folder, here, first_step=first_step)
+    return _end(signal_exit_code(stopped_by) if stopped_by else 0)
+
+
+def _build(
+    config: SftConfig,
+    inputs: Inputs,
+    state: ParallelState,
+    train_data: Batches,
+    *,
+    backend: Backend,
+    point: ResumePoint | None,
+    total_steps: int,
+) -> tuple[TrainingRun, str]:
+    """Model and optimizer with their weights; and what is trained, in words."""
+    bare, trained = _load(config, inputs, state, backend=backend, point=point)
     chunks = wrap_chunks(
         bare,
         parallel=config.parallel,
         grad_reduce_in_fp32=config.training.accumulate_allreduce_grads_in_fp32,
     )
     optimizer = build_optimizer(chunks, config.optimizer)
-    scheduler = build_scheduler(optimizer, config.optimizer, total_steps=total_steps)
-
-    folder = create_run_folder(
-        Path(config.checkpoint.output_dir).expanduser(),
-        add_version=config.checkpoint.add_version,
-        started=started,
-        world=world,
+    run = TrainingRun(
+        config=config,
+        inputs=inputs,
+        state=state,
+        backend=backend,
+        bare=bare,
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.optimizer, total_steps=total_steps),
+        meter=_meter(bare, inputs, train_data, state, total_steps=total_steps),
+        batches=train_data.plan,
+        total_steps=total_steps,
     )
-    if world.is_first_rank:
-        _announce(source, state, backend=backend, trained=trained, folder=folder)
-    with _open_log(config, folder, state, total_steps=total_steps) as log:
-        train(
-            chunks=chunks,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            steps=train_data.steps(total_steps),
-            plan=_loop_plan(config, train_data.plan, total_steps=total_steps),
-            settings=config.training,
-            state=state,
-            meter=_meter(bare, inputs, train_data, state, total_steps=total_steps),
-            log=log,
-            evaluate=_evaluation(config, data, chunks, state),
-            save=functools.partial(_save, config, inputs, state, folder, backend, bare),
-        )
+    return run, trained
+
+
+def _end(code: int) -> int:
     destroy_parallel()
     destroy_world()
-    return 0
+    return code
+
+
+def _train(
+    run: TrainingRun, train_data: Batches, folder: Path, here: Placement, *, first_step: int
+) -> int:
+    """Trains to the end; returns the number of the signal that ended it early, or 0."""
+    config, state = run.config, run.state
+    saver = make_saver(run, folder)
+    with (
+        _open_log(run, folder, first_step=first_step) as log,
+        StopRequest(here.failure_folder) as stop,
+        Watchdog(config.training.hang_timeout, rank=state.rank) as watchdog,
+    ):
+        return train(
+            chunks=run.chunks,
+            optimizer=run.optimizer,
+            scheduler=run.scheduler,
+            steps=train_data.steps(run.total_steps, first=first_step),
+            plan=_loop_plan(run, first_step=first_step),
+            settings=config.training,
+            state=state,
+            around=Surroundings(
+                meter=run.meter,
+                log=log,
+                evaluate=_evaluation(config, run.inputs.data, run.chunks, state),
+                save=lambda step: saver.save(
+                    step, checkpoint_contents(run, step, open_file=saver.open_file)
+                ),
+                saves=saver,
+                stop=stop,
+                completed=watchdog.beat,
+            ),
+        )
 
 
 def _load(
-    config: SftConfig, inputs: Inputs, state: ParallelState, *, backend: Backend
+    config: SftConfig,
+    inputs: Inputs,
+    state: ParallelState,
+    *,
+    backend: Backend,
+    point: ResumePoint | None,
 ) -> tuple[list[LanguageModel], str]:
     """The chunks of this rank, where only what is trained wants gradients; and what that is."""
     source, adapter = inputs.source, inputs.adapter
@@ -142,27 +220,26 @@ def _load(
         source,
         state,
         backend=backend,
-        dtype=_adapter_dtype(config, source),
+        dtype=adapter_dtype(config, inputs),
         dropout=config.tuner.lora_dropout,
         seed=config.training.seed,
+        resumed=None if point is None else merged_adapter(config, point),
     )
     keep_graph_connected(chunks)
     ranks = ", ".join(map(str, adapter.ranks))
     return chunks, f"{adapter.num_weights(source.table):,} weights of an adapter (rank {ranks})"
 
 
-def _adapter_dtype(config: SftConfig, source: ModelSource) -> torch.dtype:
-    return training_dtype(config.model, source.hf_config, wanted=config.tuner.lora_dtype)
-
-
-def _loop_plan(config: SftConfig, batches: BatchPlan, *, total_steps: int) -> LoopPlan:
+def _loop_plan(run: TrainingRun, *, first_step: int) -> LoopPlan:
+    config, total_steps = run.config, run.total_steps
     checkpoints = every(config.checkpoint.save_steps, total_steps)
     evaluations = every(config.training.eval_steps, total_steps)
     if config.checkpoint.save_strategy == "epoch":
-        checkpoints = epoch_ends(batches.epochs_consumed, total_steps)
+        checkpoints = epoch_ends(run.batches.epochs_consumed, total_steps, first_step=first_step)
         evaluations |= checkpoints
     return LoopPlan(
         total_steps=total_steps,
+        first_step=first_step,
         logging_steps=config.logging.logging_steps,
         checkpoints=checkpoints,
         evaluations=evaluations,
@@ -191,60 +268,6 @@ def _meter(
     return Meter(state=state, device=device_info(), size=size)
 
 
-def _save(
-    config: SftConfig,
-    inputs: Inputs,
-    state: ParallelState,
-    folder: Path,
-    backend: Backend,
-    chunks: Sequence[LanguageModel],
-    step: int,
-) -> None:
-    """The model, the model with its adapter merged, or the adapter alone."""
-    source, adapter = inputs.source, inputs.adapter
-    arguments = config_to_dict(config)
-    limit = config.checkpoint.save_total_limit
-    if adapter is None or config.tuner.merge_lora:
-        saved = save_checkpoint(
-            folder,
-            step,
-            lookup_in(tensors_by_name(chunks)) if adapter is None else merged_lookup(chunks),
-            form=WeightsFormat(
-                source=source.folder,
-                hf_config=source.hf_config,
-                backend=backend,
-                dtype=chunks[0].config.params_dtype,
-                max_shard_size=config.checkpoint.max_shard_bytes,
-            ),
-            arguments=arguments,
-            state=state,
-            save_total_limit=limit,
-        )
-    else:
-        saved = save_adapter(
-            folder,
-            step,
-            adapter_lookup(chunks, dtype=_adapter_dtype(config, source)),
-            form=AdapterFormat(
-                source=source.folder,
-                table=source.table,
-                lora=adapter.lora,
-                dtype=_adapter_dtype(config, source),
-                base=base_name(config.model),
-                fingerprint=adapter.fingerprint,
-                layout=config.tuner.lora_export_layout,
-                dropout=config.tuner.lora_dropout,
-            ),
-            arguments=arguments,
-            state=state,
-            backend=backend,
-            save_total_limit=limit,
-            protected=None if adapter.stored is None else adapter.stored.folder,
-        )
-    if state.is_first_rank:
-        tqdm.write(f"saved {saved}", file=sys.stderr)
-
-
 def _evaluation(
     config: SftConfig,
     data: PreparedData,
@@ -263,31 +286,22 @@ def _evaluation(
 
 
 def _open_log(
-    config: SftConfig, folder: Path, state: ParallelState, *, total_steps: int
+    run: TrainingRun, folder: Path, *, first_step: int
 ) -> contextlib.AbstractContextManager[RunLog | None]:
     """The log of the run, and args.json beside it; None on all ranks but the first."""
-    if not state.is_first_rank:
+    if not run.state.is_first_rank:
         return contextlib.nullcontext()
-    arguments = config_to_dict(config)
+    arguments = config_to_dict(run.config)
     write_atomically(folder / "args.json", json.dumps(arguments, indent=2, ensure_ascii=False))
-    return open_run_log(config.logging, folder=folder, total_steps=total_steps, arguments=arguments)
-
-
-def _announce(
-    source: ModelSource, state: ParallelState, *, backend: Backend, trained: str, folder: Path
-) -> None:
-    layout = state.layout
-    sizes = {
-        "TP": layout.tp_size,
-        "PP": layout.pp_size,
-        "VPP": layout.num_chunks,
-        "EP": layout.ep_size,
-        "ETP": layout.etp_size,
-        "DP": layout.dp_size,
-    }
-    split = " ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one rank"
-    print(
-        f"{source.family.name}: {trained} are trained on {device_info().name} "
-        f"({split}, {backend} backend); checkpoints go to {folder}",
-        file=sys.stderr,
+    return open_run_log(
+        run.config.logging,
+        folder=folder,
+        total_steps=run.total_steps,
+        first_step=first_step,
+        arguments=arguments,
     )
+
+
+def _say(world: World, *lines: str) -> None:
+    for line in lines if world.is_first_rank else ():
+        print(line, file=sys.stderr)

@@ -1,7 +1,7 @@
 """What is saved, where and how often.
 
-The one thing to know: a saved folder is a Hugging Face checkpoint. Optimizer and random state are
-not saved yet, so the flags about them accept only what that means.
+The one thing to know: a saved folder is a Hugging Face checkpoint, with the state that training
+continues from beside the weights unless `no_save_optim` leaves it out.
 """
 
 import re
@@ -51,13 +51,24 @@ class CheckpointConfig:
     metric_for_best_model: str | None = flag(None, "Metric that decides which one is best.")
     greater_is_better: bool | None = flag(None, "Whether a larger metric is better.")
     async_save: bool = flag(False, "Go on training while a checkpoint is written.")
+    save_on_error: str = flag(
+        "stop",
+        "What follows when a checkpoint cannot be written: stop, or warn and train on.",
+        choices=("stop", "warn"),
+    )
 
-    finetune: bool = flag(True, "Start at step 0 with the loaded weights.")
-    resume_from_checkpoint: str | None = flag(None, "Checkpoint to continue a run from.")
-    no_save_optim: bool = flag(True, "Do not save the optimizer.")
-    no_save_rng: bool = flag(True, "Do not save random state.")
-    no_load_optim: bool = flag(True, "Do not load the optimizer.")
-    no_load_rng: bool = flag(True, "Do not load random state.")
+    finetune: bool = flag(
+        True, "Start at step 0; false continues the run of the checkpoint that is loaded."
+    )
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "Continue a run: a checkpoint, or auto for the newest complete one of --output_dir (a new "
+        "run when there is none).",
+    )
+    no_save_optim: bool = flag(False, "Leave out the state that training continues from.")
+    no_save_rng: bool = flag(False, "Leave random states out of it.")
+    no_load_optim: bool = flag(False, "Continue with a fresh optimizer.")
+    no_load_rng: bool = flag(False, "Continue with fresh random states.")
     load_args: bool = flag(False, "Take flags from the args.json of the checkpoint.")
     perform_initialization: bool = flag(False, "Initialise weights that are loaded afterwards.")
     use_cpu_initialization: bool = flag(False, "Initialise weights on the CPU.")

@@ -110,7 +110,8 @@ def check_run_dir(config: SftConfig) -> None:
         ValueError: Naming the folder that is in the way.
     """
     output_dir = _check_output_dir(config)
-    if not config.checkpoint.add_version and any(output_dir.glob("checkpoint-*")):
+    is_new = config.checkpoint.resume_from_checkpoint is None
+    if is_new and not config.checkpoint.add_version and any(output_dir.glob("checkpoint-*")):
         raise ValueError(
             f"--output_dir {output_dir} holds checkpoints of another run: "
             "give another folder, or --add_version true"

@@ -12,7 +12,7 @@ from typing import Any
 from mtrain.config.model import ModelConfig
 from mtrain.config.run import ExportConfig, SftConfig
 
-__all__ = ["fill_base"]
+__all__ = ["fill_base", "read_arguments"]
 
 ARGUMENTS_FILE = "args.json"
 
@@ -45,7 +45,7 @@ def fill_base(config: SftConfig | ExportConfig) -> SftConfig | ExportConfig:
 
 def _named_in(folder: str, model: ModelConfig) -> ModelConfig:
     """The model with the names that the args.json of a folder gives."""
-    saved = _read(Path(folder).expanduser() / ARGUMENTS_FILE)
+    saved = read_arguments(Path(folder).expanduser())
     names = {
         flag: saved[flag] for flag in ("model", "mcore_model") if isinstance(saved.get(flag), str)
     }
@@ -54,7 +54,13 @@ def _named_in(folder: str, model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, **names)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_arguments(folder: Path) -> dict[str, Any]:
+    """The flags in the args.json of a checkpoint; empty without one.
+
+    Raises:
+        ValueError: It is no JSON object.
+    """
+    path = folder / ARGUMENTS_FILE
     if not path.is_file():
         return {}
     try:

@@ -22,6 +22,9 @@ __all__ = ["content_key", "default_cache_dir", "locked"]
 logger = logging.getLogger(__name__)
 
 _TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+# What a checkpoint of a run has besides; the data of a run that continues from it are the same.
+_NOT_OF_TOKENIZER = ("args.json", "manifest.json")
+_DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
 def default_cache_dir() -> Path:
@@ -44,13 +47,24 @@ def content_key(parts: Mapping[str, Any], *, model_dir: Path) -> str:
         "version": [__version__, transformers.__version__, tokenizers.__version__],
         "code": [_hash_file(path) for path in sorted(Path(__file__).parent.glob("*.py"))],
         "tokenizer": [
-            [str(path.relative_to(model_dir)), _hash_file(path)]
+            [str(path.relative_to(model_dir)), _hash_model_file(path)]
             for pattern in ("*", "additional_chat_templates/*")
             for path in sorted(model_dir.glob(pattern))
-            if path.suffix in _TOKENIZER_SUFFIXES and not path.name.endswith(".index.json")
+            if path.suffix in _TOKENIZER_SUFFIXES
+            and not path.name.endswith(".index.json")
+            and path.name not in _NOT_OF_TOKENIZER
         ],
     }
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _hash_model_file(path: Path) -> str:
+    """Hash of a file; of config.json without the dtype of the weights."""
+    if path.name != "config.json":
+        return _hash_file(path)
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key not in _DTYPE_KEYS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _hash_file(path: Path) -> str:

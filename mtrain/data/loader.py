@@ -32,8 +32,9 @@ class BatchPlan:
     """Which samples each step, rank and micro-batch trains on.
 
     Units (packs, or single samples) of all epochs form one stream; step s takes the units
-    [s * global_batch_size, (s + 1) * global_batch_size). Every sample occurs once an epoch, nothing
-    is dropped: behind the end of the last epoch come empty units.
+    [s * global_batch_size, (s + 1) * global_batch_size), or as many behind the unit that a resumed
+    run begins with. Every sample occurs once an epoch, nothing is dropped: behind the end of the
+    last epoch come empty units.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class BatchPlan:
         seed: int,
         packing_length: int | None = None,
         packing_strategy: str = "binpack",
+        first_step: int = 0,
+        first_unit: int = 0,
     ) -> None:
         """Plan the first epoch.
 
@@ -59,6 +62,8 @@ class BatchPlan:
             seed: Decides all orders.
             packing_length: Tokens of a pack; None: a unit is a sample.
             packing_strategy: See `plan_packs`.
+            first_step: Steps that were made before this plan.
+            first_unit: Units of the stream that they took.
 
         Raises:
             ValueError: There is no sample, or one is longer than a pack.
@@ -73,6 +78,8 @@ class BatchPlan:
         self._seed = seed
         self._packing_length = packing_length
         self._packing_strategy = packing_strategy
+        self._first_step = first_step
+        self._first_stream_unit = first_unit
         self._planned: dict[int, Units] = {}
         # First unit of epoch 0, 1, ... in the stream; grows when a step asks for more.
         self._first_units = [0, len(self.units(0))]
@@ -108,11 +115,20 @@ class BatchPlan:
         """
         if self._num_epochs is None:
             raise ValueError("the number of steps needs --num_train_epochs or --train_iters")
-        return -(-self._first_unit(self._num_epochs) // self._global_batch_size)
+        missing = max(0, self._first_unit(self._num_epochs) - self._first_stream_unit)
+        return self._first_step - (-missing // self._global_batch_size)
+
+    def consumed_units(self, step: int) -> int:
+        """Units of the stream that were taken before a step; behind its end, all there are."""
+        taken = self._first_stream_unit + (step - self._first_step) * self._global_batch_size
+        if self._num_epochs is None:
+            return taken
+        return min(taken, max(self._first_stream_unit, self._first_unit(self._num_epochs)))
 
     def position(self, step: int) -> Position:
         """Where the data stands before a step."""
-        stream_unit = step * self._global_batch_size
+        taken = (step - self._first_step) * self._global_batch_size
+        stream_unit = self._first_stream_unit + taken
         epoch = 0
         while self._has_epoch(epoch) and self._first_unit(epoch + 1) <= stream_unit:
             epoch += 1

@@ -20,7 +20,8 @@ from mtrain.config.training import TrainingConfig
 from mtrain.parallel import ParallelState
 from mtrain.training.batch import MicroBatch, count_batches
 from mtrain.training.evaluate import EvaluationResult
-from mtrain.training.metrics import LogRecord, Meter
+from mtrain.training.metrics import Meter
+from mtrain.training.requests import Answer, PendingSaves, RankRequests, Stop
 from mtrain.training.step import train_step
 from mtrain.training.wrap import gather_parameters
 from mtrain.training.writers import RunLog
@@ -28,7 +29,7 @@ from mtrain.training.writers import RunLog
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
 
-__all__ = ["LoopPlan", "epoch_ends", "every", "train"]
+__all__ = ["LoopPlan", "Surroundings", "epoch_ends", "every", "train"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +38,14 @@ class LoopPlan:
 
     Attributes:
         total_steps: Length of the run.
+        first_step: Steps that were done before; a resumed run goes on with the next one.
         logging_steps: Steps between two log lines; the first and the last step have one too.
         checkpoints: Steps after which a checkpoint is saved.
         evaluations: Steps after which the model is evaluated.
     """
 
     total_steps: int
+    first_step: int = 0
     logging_steps: int
     checkpoints: frozenset[int]
     evaluations: frozenset[int]
@@ -57,16 +60,43 @@ def every(interval: int, total_steps: int) -> frozenset[int]:
     return frozenset({*range(interval, total_steps + 1, interval), total_steps})
 
 
-def epoch_ends(epochs_consumed: Callable[[int], float], total_steps: int) -> frozenset[int]:
+def epoch_ends(
+    epochs_consumed: Callable[[int], float], total_steps: int, *, first_step: int = 0
+) -> frozenset[int]:
     """The steps in which an epoch ends, and the last one.
 
     Args:
         epochs_consumed: Epochs before a step, counted from 0.
         total_steps: Length of the run.
+        first_step: Steps that were done before.
     """
-    epochs = [int(epochs_consumed(step)) for step in range(total_steps + 1)]
-    ends = (step for step in range(1, total_steps + 1) if epochs[step] > epochs[step - 1])
+    steps = range(first_step, total_steps + 1)
+    epochs = {step: int(epochs_consumed(step)) for step in steps}
+    ends = (step for step in steps[1:] if epochs[step] > epochs[step - 1])
     return frozenset({*ends, total_steps})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What happens between steps.
+
+    Attributes:
+        meter: Adds up what log lines say.
+        log: Where they go; None on all ranks but the first.
+        evaluate: Evaluates the model as it is; None without validation data.
+        save: Begins to save a checkpoint of the given step.
+        saves: What became of it; complete when training ends.
+        stop: Whether this rank is asked to stop.
+        completed: Told what was done last, for whoever watches that something is.
+    """
+
+    meter: Meter
+    log: RunLog | None
+    evaluate: Callable[[], EvaluationResult] | None
+    save: Callable[[int], None]
+    saves: PendingSaves
+    stop: Stop
+    completed: Callable[[str], None]
 
 
 def train(
@@ -78,12 +108,9 @@ def train(
     plan: LoopPlan,
     settings: TrainingConfig,
     state: ParallelState,
-    meter: Meter,
-    log: RunLog | None,
-    evaluate: Callable[[], EvaluationResult] | None,
-    save: Callable[[int], None],
-) -> LogRecord:
-    """Trains to the end of the plan.
+    around: Surroundings,
+) -> int:
+    """Trains to the end of the plan, or until a rank is asked to stop; saves in both cases.
 
     Args:
         chunks: Wrapped model chunks of this rank.
@@ -93,41 +120,65 @@ def train(
         plan: When things happen.
         settings: The training section, for garbage collection.
         state: This rank.
-        meter: Adds up what log lines say.
-        log: Where they go; None on all ranks but the first.
-        evaluate: Evaluates the model as it is; None without validation data.
-        save: Saves a checkpoint of the given step.
+        around: What happens between steps.
 
     Returns:
-        The last log line.
+        The number of the signal that ended training early; 0 at the end of the plan.
 
     Raises:
         NonFiniteError: The loss or a gradient is not finite.
         ValueError: The data ends before the plan.
     """
+    requests = RankRequests(state.world)
+    answer = Answer(stop=0, is_writing=False)
     with _garbage_collection(settings) as collect:
-        for step in range(1, plan.total_steps + 1):
+        for step in range(plan.first_step + 1, plan.total_steps + 1):
+            requests.ask(around.stop.requested, is_writing=around.saves.is_working)
             started = time.monotonic()
             batches = _next_batches(steps, step, plan.total_steps)
             data_seconds = time.monotonic() - started
             counts = count_batches(batches)
             result = train_step(chunks, optimizer, scheduler, batches, state=state, step=step)
-            meter.add_step(result, counts, data_seconds=data_seconds)
-            if log is not None:
-                log.advance()
-            if plan.logs_after(step):
-                record = meter.record(step)
-                if log is not None:
-                    log.write(record.as_dict(), step=step, kind="train")
-            with _paused(meter):
-                evaluates = evaluate is not None and step in plan.evaluations
-                if evaluates:
-                    _evaluate(evaluate, log=log, step=step)
-                if step in plan.checkpoints:
-                    gather_parameters(chunks)
-                    save(step)
-                collect(step, evaluated=evaluates)
-    return record
+            around.meter.add_step(result, counts, data_seconds=data_seconds)
+            around.completed(f"step {step}")
+            answer = requests.answer()
+            evaluated = _between_steps(step, answer, chunks, plan=plan, around=around)
+            with _paused(around.meter):
+                collect(step, evaluated=evaluated)
+            if answer.stop:
+                break
+        around.saves.wait()
+    return answer.stop
+
+
+def _between_steps(
+    step: int,
+    answer: Answer,
+    chunks: Sequence[DistributedDataParallel],
+    *,
+    plan: LoopPlan,
+    around: Surroundings,
+) -> bool:
+    """Logs, evaluates and saves, whatever is due; returns whether it evaluated."""
+    log = around.log
+    if log is not None:
+        log.advance()
+    if plan.logs_after(step):
+        record = around.meter.record(step)
+        if log is not None:
+            log.write(record.as_dict(), step=step, kind="train")
+    with _paused(around.meter):
+        evaluates = around.evaluate is not None and step in plan.evaluations and not answer.stop
+        if evaluates:
+            _evaluate(around.evaluate, log=log, step=step)
+            around.completed(f"the evaluation after step {step}")
+        if around.saves.is_pending and not answer.is_writing:
+            around.saves.advance()
+        if step in plan.checkpoints or answer.stop:
+            gather_parameters(chunks)
+            around.save(step)
+            around.completed(f"the save of step {step}")
+    return evaluates
 
 
 def _next_batches(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -132,6 +133,9 @@ class Meter:
         self._paused_seconds = 0.0
         self._last: StepResult | None = None
         self._started = time.monotonic()
+        self._balance = torch.zeros(
+            len(BALANCE_LOSSES), dtype=torch.float64, device=self._state.device
+        )
 
     def add_step(self, result: StepResult, counts: BatchCounts, *, data_seconds: float) -> None:
         """Notes one step.
@@ -152,6 +156,52 @@ class Meter:
     def pause(self, seconds: float) -> None:
         """Leaves time that was not training (evaluation, saving) out of the rates."""
         self._paused_seconds += seconds
+
+    def progress(self) -> list[list[float]]:
+        """What the next log line adds to, as one list of numbers a rank; all ranks call it."""
+        self._balance += take_balance_sums(self._state.device)
+        host = [
+            *(self._consumed_samples, self._consumed_tokens, self._num_steps, self._num_skipped),
+            *(self._seconds(), self._data_seconds),
+            *dataclasses.astuple(self._counts),
+        ]
+        device = self._state.device
+        ours = torch.tensor(host, dtype=torch.float64, device=device)
+        return self._gather(torch.cat([ours, self._sums, self._balance])).tolist()
+
+    def restore(self, progress: Sequence[Sequence[float]]) -> None:
+        """Goes on from where a run stood.
+
+        Args:
+            progress: From `progress`. With another number of ranks the sums of the running interval
+                are left out: its log line is then about the steps since the resume.
+        """
+        samples, tokens = progress[0][:2]
+        self._consumed_samples, self._consumed_tokens = int(samples), int(tokens)
+        if len(progress) != self._state.layout.world_size:
+            return
+        _, _, num_steps, num_skipped, seconds, data_seconds, *rest = progress[self._state.rank]
+        self._num_steps, self._num_skipped = int(num_steps), int(num_skipped)
+        self._started -= seconds
+        self._data_seconds = data_seconds
+        num_counts = len(dataclasses.fields(BatchCounts))
+        self._counts = BatchCounts(
+            **{
+                field.name: int(value)
+                for field, value in zip(dataclasses.fields(BatchCounts), rest, strict=False)
+            }
+        )
+        sums = torch.tensor(rest[num_counts:], dtype=torch.float64, device=self._state.device)
+        self._sums, self._balance = sums[:3].clone(), sums[3:].clone()
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started - self._paused_seconds
+
+    def _gather(self, ours: torch.Tensor) -> torch.Tensor:
+        """The numbers of all ranks, one rank a row, on the CPU."""
+        everyone = [torch.empty_like(ours) for _ in range(self._state.layout.world_size)]
+        dist.all_gather(everyone, ours, group=self._state.world.group)
+        return torch.stack(everyone).cpu()
 
     def record(self, step: int) -> LogRecord:
         """The log line after `step`; starts the next interval. All ranks must call this."""
@@ -204,16 +254,14 @@ class Meter:
             "router_calls": self._size.num_routers * self._counts.num_micro_batches,
         }
         largest = {
-            "seconds": time.monotonic() - self._started - self._paused_seconds,
+            "seconds": self._seconds(),
             "data_seconds": self._data_seconds,
             "memory": _peak_memory(self._state.device),
         }
         device = self._state.device
         host = torch.tensor([*summed.values(), *largest.values()], dtype=torch.float64)
-        ours = torch.cat([host.to(device), self._sums, take_balance_sums(device)])
-        everyone = [torch.empty_like(ours) for _ in range(self._state.layout.world_size)]
-        dist.all_gather(everyone, ours, group=self._state.world.group)
-        table = torch.stack(everyone).cpu()
+        self._balance += take_balance_sums(device)
+        table = self._gather(torch.cat([host.to(device), self._sums, self._balance]))
         names = (*summed, *largest, "loss", "correct", "labels", *BALANCE_LOSSES)
         totals = dict(zip(names, table.sum(dim=0).tolist(), strict=True))
         highest = dict(zip(names, table.amax(dim=0).tolist(), strict=True))

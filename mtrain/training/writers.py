@@ -38,17 +38,25 @@ class RunLog:
     Args:
         writers: Destinations besides the console.
         total_steps: Length of the progress bar.
+        first_step: Steps that were done before.
         stream: Text stream of the console.
     """
 
     def __init__(
-        self, writers: list[Writer], *, total_steps: int, stream: TextIO = sys.stderr
+        self,
+        writers: list[Writer],
+        *,
+        total_steps: int,
+        first_step: int = 0,
+        stream: TextIO = sys.stderr,
     ) -> None:
         self._writers = writers
         self._stream = stream
         self._total_steps = total_steps
         # disable=None: no bar where nobody watches it, such as a log file.
-        self._bar = tqdm(total=total_steps, unit="step", file=stream, disable=None)
+        self._bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", file=stream, disable=None
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -90,25 +98,43 @@ def open_run_log(
     *,
     folder: Path,
     total_steps: int,
+    first_step: int = 0,
     arguments: Mapping[str, Any],
 ) -> RunLog:
     """Opens every destination that the settings ask for.
+
+    Where a resumed run goes on in a folder, lines of later steps are dropped: they will be written
+    again.
 
     Args:
         settings: The logging section.
         folder: Folder of the run; `logging.jsonl` and `runs/` go there.
         total_steps: Steps of the run.
+        first_step: Steps that were done before.
         arguments: The resolved configuration, for trackers that show it.
     """
-    writers: list[Writer] = [JsonLines(folder / "logging.jsonl", total_steps=total_steps)]
+    path = folder / "logging.jsonl"
+    _drop_later_lines(path, first_step)
+    writers: list[Writer] = [JsonLines(path, total_steps=total_steps)]
     for name in settings.report_to:
         if name == "tensorboard":
-            writers.append(_Tensorboard(settings, folder))
+            writers.append(_Tensorboard(settings, folder, first_step=first_step))
         elif name == "wandb":
             writers.append(_Wandb(settings, folder, arguments))
         elif name == "swanlab":
             writers.append(_Swanlab(settings, folder, arguments))
-    return RunLog(writers, total_steps=total_steps)
+    return RunLog(writers, total_steps=total_steps, first_step=first_step)
+
+
+def _drop_later_lines(path: Path, step: int) -> None:
+    """Keeps the lines up to a step; the last one may have been cut short by a crash."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
 
 
 class JsonLines:
@@ -137,12 +163,13 @@ class JsonLines:
 
 
 class _Tensorboard:
-    def __init__(self, settings: LoggingConfig, folder: Path) -> None:
+    def __init__(self, settings: LoggingConfig, folder: Path, *, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(
             settings.tensorboard_dir or str(folder / "runs"),
             max_queue=settings.tensorboard_queue_size,
+            purge_step=first_step + 1 if first_step else None,
         )
 
     def write(self, values: Mapping[str, float | int], *, step: int, kind: str) -> None:

@@ -5,13 +5,13 @@ from math import prod
 import pytest
 import torch
 
-from mtrain.bridge.gather import BlockGatherer, make_buckets
+from mtrain.bridge.gather import BlockGatherer, Member, make_buckets
 from mtrain.bridge.load import load_weights
 from mtrain.bridge.plan import plan_rank, weight_table
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.save import lookup_in
 from mtrain.bridge.slices import tensors_by_name
-from mtrain.parallel import ParallelLayout
+from mtrain.parallel import ParallelLayout, World
 from tests.bridge.standin import make_chunks, random_tensors, write_checkpoint
 from tests.tiny import tiny_config
 
@@ -50,12 +50,10 @@ def test_blocks_of_any_size_put_the_tensors_together_again(tmp_path, max_element
     (tensors,) = tensors_by_name(chunks)
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     gatherer = BlockGatherer(
-        [plan],
-        me=0,
-        group=None,
+        [Member(rank=0, shard=0, plan=plan)],
+        world=World(size=1, rank=0, device=torch.device("cpu"), group=None, timeout_seconds=1),
         lookup=lookup_in([{name: tensor.detach() for name, tensor in tensors.items()}]),
         dtype=torch.float32,
-        device=torch.device("cpu"),
     )
     shapes = tuple((name, tuple(tensor.shape)) for name, tensor in hf.items())
     flat = torch.cat(

@@ -82,7 +82,7 @@ def load_and_save(state, source, target, max_shard_size, bucket_bytes, dtype=tor
         dtype=dtype,
         max_shard_size=max_shard_size,
         bucket_bytes=bucket_bytes,
-    )
+    )()
     assert digest(chunks) == before, "saving changed live weights"
     return written
 
@@ -189,7 +189,7 @@ def save_computed(state, source, target):
         backend="torch",
         dtype=torch.float32,
         max_shard_size=10**9,
-    )
+    )()
 
 
 def test_tensors_may_be_computed_when_they_are_asked_for(checkpoints, tmp_path):

@@ -7,14 +7,16 @@ import torch
 from safetensors.torch import load_file
 
 from mtrain.bridge.plan import hf_tensors
-from mtrain.checkpoint.adapter import AdapterFormat, export_adapter, save_adapter
-from mtrain.checkpoint.folder import SaveError
+from mtrain.bridge.safetensors_writer import OpenFile
+from mtrain.checkpoint.adapter import AdapterFormat, adapter_contents, export_adapter
+from mtrain.checkpoint.folder import Contents, SaveError
 from mtrain.lora.peft_format import read_adapter
 from mtrain.lora.plan import LoraPlan, adapter_table
 from mtrain.lora.weights import adapter_lookup
 from mtrain.parallel import ParallelLayout, ParallelState
 from mtrain.verify.files import check_files
 from tests.adapters import attached
+from tests.checkpoint.saving import save as save_steps
 from tests.lora.peft_folders import load_with_peft, random_values, table_of, uniform_plan
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
@@ -65,18 +67,18 @@ def save(state: ParallelState, source: Path, run: Path, layout="per_expert", ste
     lora = plan_of(source)
     values = Values(random_values(lora, table_of(source)))
     chunks = attached(state, source, lora, values)
-    for step in steps:
-        saved = save_adapter(
-            run,
-            step,
+
+    def contents(open_file: OpenFile) -> Contents:
+        return adapter_contents(
             adapter_lookup(chunks, dtype=torch.float32),
             form=form_of(source, layout=layout),
             arguments={"lr": 1e-5, "model": "模型"},
             state=state,
             backend="torch",
-            **{"save_total_limit": None} | options,
+            open_file=open_file,
         )
-    return saved
+
+    return save_steps(run, list(steps), contents, world=state.world, **options)[-1].folder
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -139,7 +141,7 @@ def test_the_files_do_not_depend_on_the_parallel_layout(saved, source, tmp_path,
 def test_old_adapters_are_deleted_but_the_one_training_started_from(source, tmp_path):
     start = tmp_path / "checkpoint-1"
     start.mkdir()
-    options = {"steps": (2, 3, 4), "save_total_limit": 1, "protected": start}
+    options = {"steps": (2, 3, 4), "limit": 1, "protected": start}
     run_ranks(SINGLE, save_with, source, tmp_path, options)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"checkpoint-1", "checkpoint-4", "latest_checkpointed_iteration.txt"}

@@ -5,7 +5,6 @@ import re
 import resource
 import shutil
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -13,61 +12,18 @@ import pytest
 from mtrain.bridge.written import WrittenFile, record_file
 from mtrain.checkpoint.folder import (
     LATEST_FILE,
-    Retention,
+    Contents,
     SaveError,
-    create_run_folder,
-    latest_checkpoint,
-    list_checkpoints,
-    publish_checkpoint,
     publish_folder,
     write_atomically,
 )
+from mtrain.checkpoint.run_folder import latest_checkpoint, list_checkpoints
 from mtrain.parallel import ParallelLayout, ParallelState
+from tests.checkpoint.saving import save
 from tests.ranks import run_ranks
 
 ONE = ParallelLayout()
 TWO = ParallelLayout(world_size=2)
-STARTED = datetime(2026, 11, 21, 9, 5, 7)
-
-
-def make_folder(state: ParallelState, output_dir: Path, add_version: bool) -> Path:
-    return create_run_folder(
-        output_dir, add_version=add_version, started=STARTED, world=state.world
-    )
-
-
-def refuse_folder(state: ParallelState, output_dir: Path) -> str:
-    with pytest.raises(ValueError) as caught:
-        make_folder(state, output_dir, False)
-    return str(caught.value)
-
-
-def test_runs_are_numbered_and_all_ranks_use_the_same_folder(tmp_path):
-    output_dir = tmp_path / "deep" / "out"
-    for version in (0, 1):
-        folders = run_ranks(TWO, make_folder, output_dir, True)
-        assert folders == [output_dir / f"v{version}-20261121-090507"] * 2
-        assert folders[0].is_dir()
-    (output_dir / "v7-20250101-000000").mkdir()
-    assert run_ranks(ONE, make_folder, output_dir, True)[0].name.startswith("v8-")
-
-
-def test_a_run_without_a_version_takes_the_folder_itself(tmp_path):
-    assert run_ranks(TWO, make_folder, tmp_path / "out", False) == [tmp_path / "out"] * 2
-
-
-def test_a_folder_with_checkpoints_of_another_run_is_refused(tmp_path):
-    """T04: before the first step."""
-    (tmp_path / "checkpoint-100").mkdir()
-    for message in run_ranks(TWO, refuse_folder, tmp_path):
-        assert "holds checkpoint-100 of another run" in message
-
-
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
-    """T04."""
-    (tmp_path / "file").write_text("")
-    for message in run_ranks(TWO, refuse_folder, tmp_path / "file" / "out"):
-        assert message.endswith("cannot be made: Not a directory")
 
 
 def writer(state: ParallelState, size: int = 8) -> Callable[[Path], list[WrittenFile]]:
@@ -79,20 +35,22 @@ def writer(state: ParallelState, size: int = 8) -> Callable[[Path], list[Written
     return write
 
 
+def contents_of(state: ParallelState, **changes) -> Contents:
+    write = changes.get("write") or writer(state)
+    return Contents(
+        write=lambda folder: [lambda: write(folder)],
+        num_bytes=changes.get("num_bytes", 16),
+        source={"model": f"seen by rank {state.rank}"},
+        sources=[changes["protected"]] if "protected" in changes else [],
+    )
+
+
 def publish(
     state: ParallelState, run: Path, steps: list[int], limit: int | None = None, **changes
 ) -> list[str]:
-    for step in steps:
-        retention = Retention(limit=limit, protected=changes.get("protected"))
-        publish_checkpoint(
-            run,
-            step,
-            changes.get("write") or writer(state),
-            world=state.world,
-            num_bytes=changes.get("num_bytes", 16),
-            retention=retention,
-            source={"model": f"seen by rank {state.rank}"},
-        )
+    protected = changes.get("protected")
+    contents = contents_of(state, **changes)
+    save(run, steps, lambda _: contents, world=state.world, limit=limit, protected=protected)
     return sorted(path.name for path in run.iterdir())
 
 
@@ -260,9 +218,7 @@ def publish_into(state: ParallelState, folder: Path, die_after: int | None) -> N
 
     patch.setattr(Path, "replace", replaced)
     try:
-        publish_folder(
-            folder, writer(state), world=state.world, num_bytes=0, source={}, exist_ok=True
-        )
+        publish_folder(folder, contents_of(state), world=state.world, exist_ok=True)
     except Killed:
         assert die_after is not None
     else:
@@ -307,14 +263,14 @@ def save_undeletable(state: ParallelState, run: Path) -> list[str]:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    logging.getLogger("mtrain.checkpoint.folder").addHandler(handler)
+    logging.getLogger("mtrain.checkpoint.run_folder").addHandler(handler)
     patch = pytest.MonkeyPatch()
 
     def fail(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     publish(state, run, [1])
-    patch.setattr("mtrain.checkpoint.folder.shutil.rmtree", lambda path, **kwargs: fail(path))
+    patch.setattr("mtrain.checkpoint.run_folder.shutil.rmtree", lambda path, **kwargs: fail(path))
     patch.setattr("mtrain.checkpoint.folder._stage", lambda final, *_: staged_by_hand(final))
     publish(state, run, [2], 1)
     patch.undo()

@@ -8,13 +8,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mtrain.bridge.safetensors_folder import open_checkpoint
+from mtrain.bridge.safetensors_writer import OpenFile
 from mtrain.bridge.save import lookup_in
 from mtrain.bridge.slices import tensors_by_name
-from mtrain.checkpoint.folder import SaveError
-from mtrain.checkpoint.weights import WeightsFormat, save_checkpoint
+from mtrain.checkpoint.folder import Contents, SaveError
+from mtrain.checkpoint.weights import WeightsFormat, weights_contents
 from mtrain.parallel import ParallelLayout, ParallelState
 from mtrain.verify.compare import compare_checkpoints
 from mtrain.verify.files import check_files
+from tests.checkpoint.saving import save as save_steps
 from tests.megatron import load_model, read_config
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
@@ -45,7 +47,9 @@ def source(tmp_path_factory) -> Path:
     return folder
 
 
-def save(state: ParallelState, source: Path, run: Path, dtype: torch.dtype) -> Path:
+def save(
+    state: ParallelState, source: Path, run: Path, dtype: torch.dtype, is_async: bool = False
+) -> Path:
     form = WeightsFormat(
         source=source,
         hf_config=read_config(source),
@@ -53,20 +57,26 @@ def save(state: ParallelState, source: Path, run: Path, dtype: torch.dtype) -> P
         dtype=dtype,
         max_shard_size=100_000,
     )
-    return save_checkpoint(
-        run,
-        5,
-        lookup_in(tensors_by_name(load_model(state, source, dtype=dtype))),
-        form=form,
-        arguments={"lr": 1e-5, "model": "模型"},
-        state=state,
-        save_total_limit=1,
-    )
+    lookup = lookup_in(tensors_by_name(load_model(state, source, dtype=dtype)))
+
+    def contents(open_file: OpenFile) -> Contents:
+        return weights_contents(
+            lookup,
+            form=form,
+            arguments={"lr": 1e-5, "model": "模型"},
+            state=state,
+            open_file=open_file,
+        )
+
+    [report] = save_steps(run, [5], contents, world=state.world, is_async=is_async)
+    return report.folder
 
 
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(world_size=2, tp_size=2)])
-def test_a_saved_folder_is_a_hugging_face_checkpoint(source, tmp_path, layout):
-    folder = run_ranks(layout, save, source, tmp_path, torch.float32)[0]
+def test_a_saved_folder_is_a_hugging_face_checkpoint(source, tmp_path, layout, is_async):
+    folder = run_ranks(layout, save, source, tmp_path, torch.float32, is_async)[0]
+    assert check_files(folder) == []
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

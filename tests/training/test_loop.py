@@ -12,8 +12,8 @@ from mtrain.parallel import ParallelLayout, ParallelState
 from mtrain.platform.device import device_info
 from mtrain.training.evaluate import evaluate
 from mtrain.training.flops import ModelShape
-from mtrain.training.loop import LoopPlan, epoch_ends, every, train
-from mtrain.training.metrics import LogRecord, Meter, RunSize
+from mtrain.training.loop import LoopPlan, Surroundings, epoch_ends, every, train
+from mtrain.training.metrics import Meter, RunSize
 from mtrain.training.writers import open_run_log
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
@@ -28,13 +28,19 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(
-    state: ParallelState, folder: Path, output: Path, available: int, settings: TrainingConfig
-) -> tuple[LogRecord, list[tuple[int, torch.Tensor]], set[bool]]:
+    state: ParallelState,
+    folder: Path,
+    output: Path,
+    available: int,
+    settings: TrainingConfig,
+    asked_at: int | None = None,
+) -> tuple[int, list[tuple[int, torch.Tensor]], set[bool], list[str]]:
     parallel = ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True)
     rig = make_rig(state, folder, parallel=parallel)
     mine = [rows([document]) for document in documents(4)[state.rank :: state.layout.world_size]]
     saved: list[tuple[int, torch.Tensor]] = []
     collecting: set[bool] = set()
+    completed: list[str] = []
 
     def save(step: int) -> None:
         weight = next(rig.chunks[0].parameters())
@@ -52,7 +58,8 @@ def run(
         log = open_run_log(
             LoggingConfig(report_to=("none",)), folder=output, total_steps=TOTAL, arguments={}
         )
-    record = train(
+    meter = Meter(state=state, device=device_info(), size=size)
+    stopped_by = train(
         chunks=rig.chunks,
         optimizer=rig.optimizer,
         scheduler=rig.scheduler,
@@ -65,18 +72,52 @@ def run(
         ),
         settings=settings,
         state=state,
-        meter=Meter(state=state, device=device_info(), size=size),
-        log=log,
-        evaluate=lambda: evaluate(rig.chunks, [mine], state=state),
-        save=save,
+        around=Surroundings(
+            meter=meter,
+            log=log,
+            evaluate=lambda: evaluate(rig.chunks, [mine], state=state),
+            save=save,
+            saves=NO_SAVES,
+            stop=SignalAt(asked_at if state.rank == 1 else None),
+            completed=completed.append,
+        ),
     )
-    return record, saved, collecting
+    return stopped_by, saved, collecting, completed
+
+
+class SignalAt:
+    """A stop request that comes while the loop looks for it the nth time."""
+
+    def __init__(self, nth: int | None) -> None:
+        self._remaining = nth
+
+    @property
+    def requested(self) -> int:
+        if self._remaining is not None:
+            self._remaining -= 1
+        return 15 if self._remaining is not None and self._remaining <= 0 else 0
+
+
+class NoSaves:
+    """Saves that are complete when they begin."""
+
+    is_pending = is_working = False
+
+    def advance(self) -> None:
+        raise AssertionError("nothing is pending")
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+
+NO_SAVES = NoSaves()
 
 
 def test_a_run_logs_evaluates_and_saves_when_it_should(folder, tmp_path):
     settings = TrainingConfig()
     ranks = run_ranks(ParallelLayout(world_size=2), run, folder, tmp_path, TOTAL, settings)
-    (record, saved, collecting), (_, saved_elsewhere, _) = ranks
+    (stopped_by, saved, collecting, completed), (_, saved_elsewhere, _, _) = ranks
+    assert stopped_by == 0
     assert [step for step, _ in saved] == [4, 7]
     # Parameters are complete when they are saved, although their gathering overlaps with forward.
     for (_, ours), (_, theirs) in zip(saved, saved_elsewhere, strict=True):
@@ -90,8 +131,21 @@ def test_a_run_logs_evaluates_and_saves_when_it_should(folder, tmp_path):
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
     # An evaluation after step 5 sees the weights that step 6 starts from.
     assert losses[2] > evaluations[0] > evaluations[1]
-    assert record.step == TOTAL
-    assert record.epoch == TOTAL * 4 / 8
+    assert [line["epoch"] for line in lines if "loss" in line][-1] == TOTAL * 4 / 8
+    assert completed[3:7] == [
+        *("step 4", "the save of step 4", "step 5", "the evaluation after step 5"),
+    ]
+
+
+def test_a_rank_that_is_asked_to_stop_stops_all_after_a_save(folder, tmp_path):
+    """T30: asked at the start of step 3, on one rank only."""
+    ranks = run_ranks(
+        ParallelLayout(world_size=2), run, folder, tmp_path, TOTAL, TrainingConfig(), 3
+    )
+    for stopped_by, saved, _, completed in ranks:
+        assert stopped_by == 15
+        assert [step for step, _ in saved] == [3]
+        assert completed[-1] == "the save of step 3"
 
 
 def test_the_last_line_has_the_fields_that_people_plot(folder, tmp_path):
@@ -120,7 +174,7 @@ def test_the_last_line_has_the_fields_that_people_plot(folder, tmp_path):
 
 def test_manual_garbage_collection_is_off_between_steps_and_on_afterwards(folder, tmp_path):
     settings = TrainingConfig(manual_gc=True, manual_gc_steps=2)
-    [(_, _, collecting)] = run_ranks(ParallelLayout(), run, folder, tmp_path, TOTAL, settings)
+    [(_, _, collecting, _)] = run_ranks(ParallelLayout(), run, folder, tmp_path, TOTAL, settings)
     assert collecting == {False}
     assert gc.isenabled()
 

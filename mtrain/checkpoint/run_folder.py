@@ -1,0 +1,166 @@
+"""The folder of a run: its checkpoints, the one to go on from, and which are kept.
+
+The one thing to know: a folder called `checkpoint-<step>` is complete; only `mtrain.checkpoint
+.folder` gives it that name. What is hidden here is left over from a crash, and removed by the next
+run.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch.distributed as dist
+
+from mtrain.checkpoint.folder import LATEST_FILE, STAGED, write_atomically
+from mtrain.config.resume import checkpoint_step
+from mtrain.parallel import World
+
+__all__ = [
+    "Retention",
+    "continues_in",
+    "create_run_folder",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "name_latest",
+    "remove_surplus",
+]
+
+_VERSION = re.compile(r"v(\d+)-\d{8}-\d{6}")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """Which checkpoints are kept.
+
+    Attributes:
+        limit: How many; None keeps all. The newest one always stays.
+        protected: A folder that is never deleted, such as the one training started from.
+    """
+
+    limit: int | None = None
+    protected: Path | None = None
+
+
+def create_run_folder(
+    output_dir: Path,
+    *,
+    add_version: bool,
+    started: datetime,
+    world: World,
+    resumed: Path | None = None,
+) -> Path:
+    """Makes the folder of a run, or finds that of a run that goes on.
+
+    All ranks get the name that rank 0 chose. A run goes on in its own folder when its newest
+    checkpoint is continued, and that is in `output_dir`. What crashes left there is removed.
+
+    Args:
+        output_dir: Where runs are collected.
+        add_version: Make a folder `v<N>-<date>-<time>` of its own in it, N counting up from 0.
+            Otherwise the run takes `output_dir` itself.
+        started: Time in the name.
+        world: This rank.
+        resumed: The checkpoint that is continued; None for a new run.
+
+    Raises:
+        ValueError: The folder cannot be made, or it holds checkpoints already. All ranks raise.
+    """
+    answer: list[Path | str] = [""]
+    if world.is_first_rank:
+        try:
+            if resumed is not None and continues_in(output_dir, resumed):
+                _remove_leftovers(resumed.parent)
+                answer = [resumed.parent]
+            else:
+                answer = [_make_run_folder(output_dir, add_version=add_version, started=started)]
+        except OSError as error:
+            answer = [f"--output_dir {output_dir}: cannot be made: {error.strerror}"]
+        except ValueError as error:
+            answer = [str(error)]
+    dist.broadcast_object_list(answer, src=0, group=world.group)
+    if isinstance(answer[0], str):
+        raise ValueError(answer[0])
+    return answer[0]
+
+
+def _make_run_folder(output_dir: Path, *, add_version: bool, started: datetime) -> Path:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if not add_version:
+        if found := list_checkpoints(output_dir):
+            raise ValueError(
+                f"--output_dir {output_dir}: holds {found[-1].name} of another run; choose another "
+                "folder or --add_version true"
+            )
+        return output_dir
+    matches = (_VERSION.fullmatch(path.name) for path in output_dir.iterdir())
+    version = max((int(match[1]) for match in matches if match), default=-1) + 1
+    while True:
+        folder = output_dir / f"v{version}-{started:%Y%m%d-%H%M%S}"
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another run started at the same time
+            version += 1
+        else:
+            return folder
+
+
+def continues_in(output_dir: Path, resumed: Path) -> bool:
+    """Whether a run that continues this checkpoint does so in the folder that holds it."""
+    run, output_dir = resumed.parent.resolve(), output_dir.resolve()
+    is_inside = run == output_dir or (run.parent == output_dir and _VERSION.fullmatch(run.name))
+    return bool(is_inside) and list_checkpoints(run)[-1].resolve() == resumed.resolve()
+
+
+def _remove_leftovers(run: Path) -> None:
+    """Removes the hidden folders of saves and deletions that were cut short."""
+    for path in run.glob(f".*{STAGED}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest step first."""
+    steps = {checkpoint_step(path): path for path in run.iterdir() if path.is_dir()}
+    return [path for _, path in sorted((s, path) for s, path in steps.items() if s is not None)]
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint that the run's tracker file names, or else the newest complete one."""
+    tracker = run / LATEST_FILE
+    if tracker.is_file():
+        named = run / f"checkpoint-{tracker.read_text().strip()}"
+        if named.is_dir():
+            return named
+    return next(reversed(list_checkpoints(run)), None)
+
+
+def name_latest(run: Path, step: int) -> None:
+    """Writes which checkpoint is the newest."""
+    write_atomically(run / LATEST_FILE, f"{step}\n")
+
+
+def remove_surplus(run: Path, retention: Retention) -> None:
+    """Deletes the oldest checkpoints above the limit; a failure is a warning, training goes on."""
+    if retention.limit is None:
+        return
+    keep = {path.resolve() for path in (latest_checkpoint(run), retention.protected) if path}
+    surplus = list_checkpoints(run)[: -retention.limit]
+    for checkpoint in surplus:
+        if checkpoint.resolve() in keep:
+            continue
+        # Hidden first: a deletion that is cut short must not look like a complete checkpoint.
+        doomed = run / f".{checkpoint.name}{STAGED}deleted"
+        try:
+            checkpoint.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            logger.warning("cannot delete %s: %s", checkpoint, error)

@@ -1,0 +1,48 @@
+"""The lines that a run says about itself before its first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mtrain.cli.resuming import ResumePoint
+from mtrain.cli.saving import TrainingRun
+from mtrain.platform.device import device_info
+
+__all__ = ["finished_notice", "start_notice"]
+
+
+def start_notice(run: TrainingRun, *, trained: str, folder: Path) -> str:
+    """What is trained, on what, and where it goes.
+
+    Args:
+        run: The run.
+        trained: What is trained.
+        folder: Its folder.
+    """
+    layout = run.state.layout
+    sizes = {
+        "TP": layout.tp_size,
+        "PP": layout.pp_size,
+        "VPP": layout.num_chunks,
+        "EP": layout.ep_size,
+        "ETP": layout.etp_size,
+        "DP": layout.dp_size,
+    }
+    split = " ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one rank"
+    return (
+        f"{run.inputs.source.family.name}: {trained} are trained on {device_info().name} "
+        f"({split}, {run.backend} backend); checkpoints go to {folder}"
+    )
+
+
+def finished_notice(point: ResumePoint, *, total_steps: int) -> str:
+    """What is said when there is nothing left to train.
+
+    Args:
+        point: The checkpoint that was to be continued.
+        total_steps: Length of the run.
+    """
+    return (
+        f"the run is finished: {point.folder} has {point.trainer.step} of {total_steps} steps; for "
+        "more, raise --num_train_epochs or --train_iters"
+    )
