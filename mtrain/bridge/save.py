@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
+from mtrain.bridge.convert import num_threads
 from mtrain.bridge.file_plan import WeightFile, plan_files
 from mtrain.bridge.gather import BlockGatherer, Bucket, Member, TensorLookup, make_buckets
 from mtrain.bridge.plan import Backend, Plan, plan_rank
@@ -162,7 +164,9 @@ def _records(
     stem: str,
 ) -> list[WrittenFile]:
     """The files of this rank, once they are written; the first rank writes the index."""
-    written = [writer.written for writer in writers]
+    # Files that are still in memory are written side by side.
+    with ThreadPoolExecutor(num_threads()) as threads:
+        written = list(threads.map(lambda writer: writer.written, writers))
     if len(files) > 1 and is_first_rank:
         weight_map = {name: file.name for file in files for name, _ in file.tensors}
         num_bytes = sum(file.num_bytes for file in files)
