@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.machine import WORDS, Done, Machine, make_machine
 
@@ -18,6 +18,7 @@ COMMON = (
     *("--add_version", "false"),
 )
 PACKED = ("--packing", "true", "--max_length", "96")
+SGD = ("--optimizer", "sgd", "--use_distributed_optimizer", "false")
 LORA = ("--tuner_type", "lora", "--lora_rank", "4", "--lora_dropout", "0.2")
 # Few enough samples that five steps are more than an epoch.
 TWO_EPOCHS = ("--dataset", "swift/self-cognition#14")
@@ -189,9 +190,7 @@ def test_state_that_is_missing_is_an_error_and_never_made_up(machine, started, t
     assert done.code == 2
     assert "is damaged (missing: state/optimizer_exp_avg.safetensors)" in done.stderr
     (tmp_path / "moments").rename(moments)
-    done = sft(
-        machine, folder, *words, "--optimizer", "sgd", "--use_distributed_optimizer", "false"
-    )
+    done = sft(machine, folder, *words, *SGD)
     assert done.code == 2
     assert "optimizer is sgd, and the state of the optimizer was saved with adam" in done.stderr
     done = sft(machine, folder, *words, "--no_load_optim", "true")
@@ -208,8 +207,6 @@ def test_an_adapter_is_not_continued_on_another_base(machine, started, tmp_path)
     """T15."""
     other = make_machine(tmp_path / "other")
     weights = load_file(other.model / "model.safetensors")
-    from safetensors.torch import save_file
-
     name = next(iter(weights))
     weights[name] = weights[name] + 1
     save_file(weights, other.model / "model.safetensors", metadata={"format": "pt"})

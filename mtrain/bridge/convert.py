@@ -19,9 +19,8 @@ from mtrain.bridge.plan import Shape
 from mtrain.bridge.safetensors_folder import WEIGHTS_STEM
 from mtrain.bridge.safetensors_header import tensor_bytes
 from mtrain.bridge.safetensors_writer import SafetensorsWriter
-from mtrain.bridge.save import write_index
 from mtrain.bridge.sources import StoredShape, StoredWeights, TensorSource
-from mtrain.bridge.written import WrittenFile
+from mtrain.bridge.written import WrittenFile, write_index
 
 # From 32 MiB on, malloc maps fresh pages for every block, which takes longer than to fill them.
 _BLOCK_BYTES = 8 * 2**20

@@ -22,7 +22,7 @@ from mtrain.bridge.plan import Backend, Plan, plan_rank
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_folder import WEIGHTS_STEM
 from mtrain.bridge.safetensors_writer import OpenFile, SafetensorsWriter, TensorFile
-from mtrain.bridge.written import WrittenFile, write_json
+from mtrain.bridge.written import WrittenFile, write_index
 from mtrain.parallel import ParallelLayout, ParallelState
 
 BUCKET_BYTES = 128 * 2**20
@@ -255,21 +255,3 @@ class _HostBuffer:
         if self._buffer.numel() < data.numel():
             self._buffer = torch.empty(data.numel(), dtype=torch.uint8, pin_memory=True)
         return self._buffer[: data.numel()].copy_(data)
-
-
-def write_index(
-    folder: Path, weight_map: Mapping[str, str], *, num_bytes: int, stem: str
-) -> WrittenFile:
-    """Writes the index of a checkpoint of several files.
-
-    Args:
-        folder: Its folder.
-        weight_map: File of each tensor.
-        num_bytes: Size of all tensors together.
-        stem: How the names of the files begin.
-    """
-    content = {
-        "metadata": {"total_size": num_bytes},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    return write_json(folder, f"{stem}.safetensors.index.json", content)

@@ -150,3 +150,21 @@ def write_json(folder: Path, name: str, content: Mapping[str, Any]) -> WrittenFi
         file.flush()
         os.fsync(file.fileno())
     return WrittenFile(name=name, num_bytes=len(text), digest=xxh3_128(text).hexdigest())
+
+
+def write_index(
+    folder: Path, weight_map: Mapping[str, str], *, num_bytes: int, stem: str
+) -> WrittenFile:
+    """Writes the index of a checkpoint of several files.
+
+    Args:
+        folder: Its folder.
+        weight_map: File of each tensor.
+        num_bytes: Size of all tensors together.
+        stem: How the names of the files begin.
+    """
+    content = {
+        "metadata": {"total_size": num_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    return write_json(folder, f"{stem}.safetensors.index.json", content)

@@ -313,9 +313,10 @@ def _names_everywhere(
 ) -> frozenset[str]:
     """Hugging Face names of what all ranks have of a kind."""
     layout, at, having = state.layout, state.coordinates, tensors.having(kind)
-    # One rank speaks for those that hold other parts or copies of the same tensors.
-    speaks_for_dense = at.tp_rank == at.dp_rank == at.cp_rank == 0
-    speaks_for_experts = at.etp_rank == at.edp_rank == 0
+    # One rank speaks for those that hold copies. Not for those that hold other shards: a shard of
+    # queries, keys and values may have rows of one of the three only.
+    speaks_for_dense = at.dp_rank == at.cp_rank == 0
+    speaks_for_experts = at.edp_rank == 0
     ours: set[str] = set()
     if speaks_for_dense or speaks_for_experts:
         plan = plan_rank(form.table, layout=layout, rank=state.rank, backend=form.backend)
