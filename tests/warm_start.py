@@ -11,8 +11,10 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,25 @@ _FORK_SERVER = multiprocessing.get_context("forkserver")
 _SECONDS_TO_END = 10
 
 
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """SIGKILL for one of the ranks, some time after they were started; torchrun ends the rest.
+
+    Attributes:
+        rank: Which one.
+        seconds: When.
+    """
+
+    rank: int
+    seconds: float
+
+
 def run_warm(
-    words: Sequence[str], environ: Mapping[str, str], *, timeout_seconds: int
+    words: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    timeout_seconds: int,
+    kill: Kill | None = None,
 ) -> tuple[int, str]:
     """Runs `megatron WORDS...`.
 
@@ -51,7 +70,8 @@ def run_warm(
                 {**environ, **_torchrun_variables(rank, num_ranks, store.port, folder)}
                 for rank in range(num_ranks)
             ]
-            code = _run_processes([(rank_words[2:], place, folder) for place in places], deadline)
+            jobs = [(rank_words[2:], place, folder) for place in places]
+            code = _run_processes(jobs, deadline, kill=kill)
         return code, (folder / "stderr").read_text()
 
 
@@ -69,11 +89,16 @@ def _torchrun_variables(rank: int, num_ranks: int, port: int, folder: Path) -> d
     }
 
 
-def _run_processes(jobs: Sequence[tuple[Any, ...]], deadline: float) -> int:
+def _run_processes(
+    jobs: Sequence[tuple[Any, ...]], deadline: float, *, kill: Kill | None = None
+) -> int:
     """Exit code of the first that fails, after which the others are ended; otherwise 0."""
     processes = [_FORK_SERVER.Process(target=_run, args=job) for job in jobs]
     for process in processes:
         process.start()
+    timer = kill and threading.Timer(kill.seconds, processes[kill.rank].kill)
+    if timer:
+        timer.start()
     try:
         running = {process.sentinel: process for process in processes}
         while running:
@@ -86,10 +111,13 @@ def _run_processes(jobs: Sequence[tuple[Any, ...]], deadline: float) -> int:
                     return process.exitcode
         return 0
     finally:
+        if timer:
+            timer.cancel()
         for process in processes:
             process.terminate()
         for process in processes:
-            process.join(_SECONDS_TO_END)
+            # Whoever waits for a rank that was killed does not end in time, and is killed as well.
+            process.join(_SECONDS_TO_END if kill is None else 1)
             process.kill()
             process.join()
 
