@@ -52,7 +52,7 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "base", "misc
 NEEDS_NO_TEST_FILE = PACKAGE / "bridge" / "families"
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 # Megatron-Core's format has a pickle; that file reads it with a list of what may be in it.
-READS_PICKLES = {"mtrain/checkpoint/torch_dist/metadata.py"}
+READS_PICKLES = {"mtrain/checkpoint/torch_dist/plain_pickle.py"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 

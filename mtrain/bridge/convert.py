@@ -1,16 +1,19 @@
 """Writes weights from any source as safetensors files, without a model and without collectives.
 
-The one thing to know: every file is written by one rank, in blocks of rows that are read when they
-are needed. What is in the files does not depend on the number of ranks, and memory does not depend
-on the size of the checkpoint.
+The one thing to know: every file is written by one thread of one rank, front to back; other threads
+read a few blocks of rows ahead of it. What is in the files does not depend on the number of ranks,
+and memory does not depend on the size of the checkpoint.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +27,7 @@ from mtrain.bridge.written import WrittenFile, write_index
 
 # From 32 MiB on, malloc maps fresh pages for every block, which takes longer than to fill them.
 _BLOCK_BYTES = 8 * 2**20
-_MAX_THREADS = 8
+_MAX_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +66,16 @@ def write_weights(
     """
     shares = _plan(weights.tensors, max_shard_size=max_shard_size, stem=stem)
     mine = _of_rank(shares, rank=rank, world_size=world_size)
-    with weights.open() as source, ThreadPoolExecutor(num_threads()) as threads:
-        written = list(threads.map(lambda share: _write(share, source, folder), mine))
+    num_files = max(1, min(len(mine), num_threads()))
+    with (
+        weights.open() as source,
+        io_threads(num_threads()) as readers,
+        ThreadPoolExecutor(num_files) as writers,
+    ):
+        ahead = 1 + num_threads() // num_files
+        written = list(
+            writers.map(lambda share: _write(share, source, folder, readers, ahead=ahead), mine)
+        )
     if rank == 0 and len(shares) > 1:
         weight_map = {name: share.name for share in shares for name, _, _ in share.entries}
         num_bytes = sum(share.num_bytes for share in shares)
@@ -75,6 +86,22 @@ def write_weights(
 def num_threads() -> int:
     """Threads of a rank that read, convert and write; its share of the machine's cores."""
     return max(1, min(_MAX_THREADS, torch.get_num_threads()))
+
+
+@contextmanager
+def io_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for work of their own; torch would start as many again in each of them.
+
+    Args:
+        count: How many.
+    """
+    of_torch = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            yield threads
+    finally:
+        # What a thread sets is also the start of those that come later.
+        torch.set_num_threads(of_torch)
 
 
 def row_blocks(shape: Shape, *, itemsize: int) -> Iterator[tuple[int, int]]:
@@ -112,13 +139,35 @@ def _of_rank(shares: Sequence[_Share], *, rank: int, world_size: int) -> list[_S
     return mine
 
 
-@torch.no_grad()
-def _write(share: _Share, source: TensorSource, folder: Path) -> WrittenFile:
+def _write(
+    share: _Share, source: TensorSource, folder: Path, readers: ThreadPoolExecutor, *, ahead: int
+) -> WrittenFile:
+    waiting: deque[Future[torch.Tensor]] = deque()
     with SafetensorsWriter(folder / share.name, share.entries) as writer:
-        for name, dtype, shape in share.entries:
-            stored = source.slices(name)
-            for start, stop in row_blocks(shape, itemsize=tensor_bytes(dtype, (1,))):
-                part = stored[start:stop].contiguous()
-                assert part.shape == (stop - start, *shape[1:]), f"{name}: {part.shape}"
-                writer.append(part.flatten().view(torch.uint8))
+        try:
+            for block in _blocks(share, source):
+                waiting.append(readers.submit(_read, *block))
+                if len(waiting) > ahead:
+                    writer.append(waiting.popleft().result())
+            while waiting:
+                writer.append(waiting.popleft().result())
+        finally:
+            for future in waiting:
+                future.cancel()
     return writer.written
+
+
+def _blocks(share: _Share, source: TensorSource) -> Iterator[tuple[Any, int, int]]:
+    """The blocks of each tensor in turn: something that gives rows, the first and the last."""
+    for name, dtype, shape in share.entries:
+        stored = source.slices(name)
+        for start, stop in row_blocks(shape, itemsize=tensor_bytes(dtype, (1,))):
+            yield stored, start, stop
+
+
+@torch.no_grad()
+def _read(stored: Any, start: int, stop: int) -> torch.Tensor:
+    """The bytes of some rows."""
+    part = stored[start:stop]
+    assert part.shape[0] == stop - start, f"rows {start}:{stop} gave {part.shape}"
+    return part.contiguous().flatten().view(torch.uint8)

@@ -1,17 +1,16 @@
 """Loads a checkpoint into the model chunks of one rank.
 
-Every rank reads its own slices of every tensor, straight from memory-mapped files into place, and
-talks to nobody.
+Every rank reads its own slices of every tensor, straight from the files into place, and talks to
+nobody.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from mtrain.bridge.convert import num_threads, row_blocks
+from mtrain.bridge.convert import io_threads, num_threads, row_blocks
 from mtrain.bridge.ledger import check_checkpoint, check_model
 from mtrain.bridge.plan import Backend, ParameterPlan, Plan, plan_rank
 from mtrain.bridge.rules import IgnoredKey, WeightTable
@@ -72,7 +71,7 @@ def fill_tensors(
         ValueError: A tensor is not in the plan, or one of the plan is missing or has another shape.
     """
     check_model(plan, [{name: tuple(t.shape) for name, t in named.items()} for named in tensors])
-    with ThreadPoolExecutor(num_threads()) as threads:
+    with io_threads(num_threads()) as threads:
         list(threads.map(lambda p: _fill(tensors[p.chunk][p.name], p, source), plan))
 
 
@@ -90,7 +89,11 @@ def _fill(parameter: torch.Tensor, plan: ParameterPlan, source: TensorSource) ->
             ):
                 values = read_box(stored, (theirs, *piece.hf[1:]))
                 target = view_box(parameter, (ours, *piece.local[1:]), expert=piece.expert)
-                target.copy_(values.reshape(target.shape))
+                values = values.reshape(target.shape)
+                if target.is_cuda:
+                    # Else the driver copies it to such memory, for one thread at a time.
+                    values = values.pin_memory()
+                target.copy_(values, non_blocking=True)
 
 
 def _check_copies(files: TensorSource, ignored: dict[str, IgnoredKey]) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from mtrain.bridge.safetensors_header import StoredTensor, tensor_bytes
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -86,7 +86,7 @@ class _Slices:
         return part.view(stop - start, *shape[1:])[(slice(None), *others)]
 
     def _read(self, start: int, num_bytes: int) -> torch.Tensor:
-        path, dtype = self._tensor.path, _DTYPES.get(self._tensor.dtype)
+        path, dtype = self._tensor.path, DTYPES.get(self._tensor.dtype)
         if dtype is None:
             raise ValueError(f"{path}: torch has no dtype for {self._tensor.dtype}")
         data = torch.empty(num_bytes, dtype=torch.uint8)

@@ -30,6 +30,11 @@ class Span:
         """Distance from the first position to the one after the last."""
         return (self.count - 1) * self.step + self.size
 
+    @property
+    def runs(self) -> tuple[Span, ...]:
+        """The same positions as spans that do not repeat."""
+        return tuple(Span(self.start + i * self.step, self.size) for i in range(self.count))
+
     def shifted(self, distance: int) -> Span:
         """The same positions, `distance` further on."""
         return Span(self.start + distance, self.size, self.count, self.step)

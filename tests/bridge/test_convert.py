@@ -197,7 +197,7 @@ def test_ranks_of_a_machine_share_its_cores(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert num_threads() == 3
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    assert num_threads() == 8
+    assert num_threads() == 16
 
 
 def test_a_file_that_is_there_is_not_overwritten(source, tmp_path):

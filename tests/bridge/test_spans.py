@@ -14,6 +14,7 @@ def test_a_repeating_span_lists_its_runs():
     assert positions(span) == [0, 1, 5, 6, 10, 11]
     assert (span.length, span.extent) == (6, 12)
     assert positions(span.shifted(3)) == [3, 4, 8, 9, 13, 14]
+    assert span.runs == (Span(0, 2), Span(5, 2), Span(10, 2))
 
 
 def test_whole_covers_a_shape():

@@ -1,27 +1,25 @@
 """The `.metadata` file of a torch_dist checkpoint: which tensors, and where their chunks are.
 
 The one thing to know: torch stores it as a pickle, which could run code. Here it is read with a
-list of the few names that it needs, and everything else in it is refused. The names stand for empty
-classes made for this one reading and not for torch's, because a pickle may also change the classes
-that it is given. That is the only pickle that mtrain reads; `common.pt` beside it is never opened.
+list of the few names that it needs, and everything else in it is refused (`plain_pickle`).
+`common.pt` beside it is never opened.
 Source: torch.distributed.checkpoint's `FileSystemWriter.finish` and `Metadata`.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
-import pickle
-import pickletools
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+
+from mtrain.checkpoint.torch_dist.plain_pickle import Record, read_pickle
 
 METADATA_FILE = ".metadata"
 _MAX_BYTES = 2**30
@@ -42,20 +40,6 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_NUMBERED = ("PUT", "BINPUT", "LONG_BINPUT")
-# What pickle raises for bytes that are none, besides an UnpicklingError.
-BROKEN_PICKLE = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    IndexError,
-    KeyError,
-    MemoryError,
-    OverflowError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +68,25 @@ class GlobalTensor:
     Attributes:
         dtype: Its dtype in the words of the safetensors format.
         shape: Its shape.
-        chunks: The chunks.
+        chunks: The chunks, in the order of their offsets.
+        largest: The largest size of a chunk on each axis.
     """
 
     dtype: str
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
+    largest: tuple[int, ...]
+
+    def chunks_in(self, starts: Sequence[int], stops: Sequence[int]) -> Sequence[Chunk]:
+        """Chunks that may overlap a box; among very many, these are soon found."""
+        first = tuple(start - size + 1 for start, size in zip(starts, self.largest, strict=True))
+        last = tuple(stop - 1 for stop in stops)
+        low = bisect_left(self.chunks, first, key=_place_of)
+        return self.chunks[low : bisect_right(self.chunks, last, key=_place_of)]
+
+
+def _place_of(chunk: Chunk) -> tuple[int, ...]:
+    return chunk.offsets
 
 
 def read_metadata(folder: Path) -> dict[str, GlobalTensor]:
@@ -141,7 +138,12 @@ def _global_tensor(
     dtype = _DTYPE_NAMES.get(entry.properties.dtype)
     if dtype is None:
         raise ValueError(f"{folder}: {key}: dtype {entry.properties.dtype!r:.200} is not built")
-    return GlobalTensor(dtype=dtype, shape=shape, chunks=tuple(chunks))
+    return GlobalTensor(
+        dtype=dtype,
+        shape=shape,
+        chunks=tuple(sorted(chunks, key=_place_of)),
+        largest=tuple(max(sizes) for sizes in zip(*(chunk.sizes for chunk in chunks), strict=True)),
+    )
 
 
 def _offset(index: Any) -> tuple[int, ...]:
@@ -217,33 +219,16 @@ def _unpickle(path: Path) -> tuple[dict[str, Any], dict[Any, Any]]:
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path}: larger than {_MAX_BYTES} bytes; this is no metadata")
     try:
-        data = path.read_bytes()
-        _check_numbers(data)
-        content = _DataUnpickler(io.BytesIO(data)).load()
+        content = read_pickle(path.read_bytes(), _ALLOWED)
         names, places = content.state_dict_metadata, content.storage_data
-    except BROKEN_PICKLE as error:
-        reason = error if isinstance(error, pickle.UnpicklingError) else repr(error)
-        raise ValueError(f"{path}: not the metadata of a checkpoint: {reason!s:.400}") from error
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: not the metadata of a checkpoint: {error!s:.400}") from error
     if not isinstance(names, dict) or not isinstance(places, dict):
         raise ValueError(f"{path}: not the metadata of a checkpoint")
     return names, places
 
 
-def _check_numbers(data: bytes) -> None:
-    """Refuses numbers of objects so high that unpickling would take up all memory for a table."""
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in _NUMBERED and argument > len(data):
-            raise pickle.UnpicklingError(f"it numbers an object {argument}")
-
-
-class _Record:
-    """Some attributes, and nothing that they could do."""
-
-    def __init__(self, *args: object) -> None:
-        """Takes what it is given."""
-
-
-class _Tensor(_Record):
+class _Tensor(Record):
     """What is stored about a tensor."""
 
     size: Any
@@ -251,7 +236,7 @@ class _Tensor(_Record):
     chunks: Any
 
 
-class _Properties(_Record):
+class _Properties(Record):
     """Dtype and layout of a tensor."""
 
     dtype: torch.dtype
@@ -284,33 +269,12 @@ _RECORDS = {
     # Of its versions up to 0.15.
     "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
 }
-# None of these can be changed, nor does calling one do anything else than make one.
-_VALUES: dict[tuple[str, str], type | torch.dtype] = {
+_ALLOWED: dict[tuple[str, str], type | torch.dtype] = {
+    **{(module, name): Record for module, names in _RECORDS.items() for name in names},
+    (_METADATA, "TensorStorageMetadata"): _Tensor,
+    (_METADATA, "TensorProperties"): _Properties,
+    # None of these can be changed, nor does calling one do anything else than make one.
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): dict,
     **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in _DTYPE_NAMES},
 }
-
-
-class _DataUnpickler(pickle.Unpickler):
-    """Refuses every name that is not on the list, before anything is called."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file)
-        self._allowed: dict[tuple[str, str], type | torch.dtype] = {
-            **_VALUES,
-            (_METADATA, "TensorStorageMetadata"): type("_Tensor", (_Tensor,), {}),
-            (_METADATA, "TensorProperties"): type("_Properties", (_Properties,), {}),
-            **{
-                (module, name): type(name, (_Record,), {})
-                for module, names in _RECORDS.items()
-                for name in names
-            },
-        }
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What a name of the pickle stands for."""
-        if (module, name) not in self._allowed:
-            asked = f"{module}.{name}"
-            raise pickle.UnpicklingError(f"it asks for {asked!r:.200}, which could run code")
-        return self._allowed[module, name]

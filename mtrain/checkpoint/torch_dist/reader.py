@@ -1,16 +1,15 @@
 """Reads a torch_dist checkpoint by Hugging Face names, in any parallel layout.
 
 The one thing to know: it answers the same questions as a folder of safetensors files
-(`StoredWeights`), so loading, converting and comparing need no code of their own. A chunk is read
-whole and the last few are kept, because the tensors of a fused parameter are asked for in turn.
+(`StoredWeights`), so loading, converting and comparing need no code of their own. Of a chunk, only
+the rows that are asked for are read, straight into place.
 """
 
 from __future__ import annotations
 
-import io
+import itertools
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,18 +21,12 @@ from mtrain.bridge.global_tensors import GlobalParameter, global_parameters, pla
 from mtrain.bridge.ledger import listed
 from mtrain.bridge.plan import Shape, hf_tensors
 from mtrain.bridge.rules import WeightTable
-from mtrain.bridge.slices import view_box
+from mtrain.bridge.safetensors_reader import DTYPES
 from mtrain.bridge.sources import TensorShape
-from mtrain.bridge.spans import Piece, Span, clip
-from mtrain.checkpoint.torch_dist.metadata import (
-    BROKEN_PICKLE,
-    Chunk,
-    GlobalTensor,
-    read_metadata,
-)
+from mtrain.bridge.spans import Box, Piece, clip
+from mtrain.checkpoint.torch_dist.entries import StoredValues, find_values
+from mtrain.checkpoint.torch_dist.metadata import Chunk, GlobalTensor, read_metadata
 
-# Chunks that are kept for the next question, besides the last one.
-_KEPT_BYTES = 512 * 2**20
 # What a checkpoint holds besides the model.
 _NO_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
 
@@ -88,8 +81,8 @@ class TorchDistSource:
 
     def __init__(self, checkpoint: TorchDistCheckpoint) -> None:
         self._checkpoint = checkpoint
-        self._files: dict[Path, io.BufferedReader] = {}
-        self._kept: OrderedDict[Chunk, torch.Tensor] = OrderedDict()
+        self._open: dict[Path, int] = {}
+        self._found: dict[Chunk, StoredValues] = {}
         self._lock = threading.Lock()
 
     def slices(self, name: str) -> _Slices:
@@ -97,74 +90,113 @@ class TorchDistSource:
         return _Slices(self, name, self._checkpoint.tensors[name].shape)
 
     def close(self) -> None:
-        """Closes the files and forgets what was read."""
-        self._kept.clear()
-        for file in self._files.values():
-            file.close()
+        """Closes the files."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start:stop` of a tensor, the elements of a vector being its rows."""
-        shape = self._checkpoint.tensors[name].shape
-        whole: torch.Tensor | None = None
+        known = self._checkpoint.tensors[name]
+        result = torch.empty((stop - start, *known.shape[1:]), dtype=DTYPES[known.dtype])
+        num_filled = 0
         for parameter, piece in self._checkpoint.places[name]:
             for rows, local in clip(piece.hf[0], piece.local[0], start=start, stop=stop):
-                part = self._read_box(parameter, piece, local)
-                if whole is None and rows.count == 1 and rows.size == stop - start:
-                    return part
-                if whole is None:
-                    whole = torch.empty((stop - start, *shape[1:]), dtype=part.dtype)
-                target = view_box(whole, (rows.shifted(-start), *piece.hf[1:]))
-                target.copy_(part.view(target.shape))
-        assert whole is not None, f"{name} has no rows {start}:{stop}"
-        return whole
+                here = _runs((rows.shifted(-start), *piece.hf[1:]))
+                there = _runs((local, *piece.local[1:]))
+                for ours, theirs in zip(here, there, strict=True):
+                    target = result[_slices(ours)]
+                    self._fill(target, parameter, piece.expert, theirs)
+                    num_filled += target.numel()
+        assert num_filled == result.numel(), f"{name} has no rows {start}:{stop}"
+        return result
 
-    def _read_box(self, parameter: GlobalParameter, piece: Piece, rows: Span) -> torch.Tensor:
-        """The part of a parameter that a piece stands for, cut to some of its rows."""
+    def _fill(
+        self, target: torch.Tensor, parameter: GlobalParameter, expert: int | None, box: Box
+    ) -> None:
+        """Reads a box of a parameter."""
         tensor, stacked = _stored(parameter, self._checkpoint.stored)
-        front = [index for index, _ in parameter.front(stacked=stacked, expert=piece.expert)]
-        box = (rows, *piece.local[1:])
+        front = [index for index, _ in parameter.front(stacked=stacked, expert=expert)]
         starts = [*front, *(span.start for span in box)]
-        stops = [*(index + 1 for index in front), *(span.start + span.extent for span in box)]
-        region = self._read_region(tensor, starts, stops).flatten(0, len(front))
-        inside = tuple(span.shifted(-span.start) for span in box)
-        part = view_box(region, inside)
-        return part.reshape(tuple(span.length for span in box))
-
-    def _read_region(
-        self, tensor: GlobalTensor, starts: Sequence[int], stops: Sequence[int]
-    ) -> torch.Tensor:
-        region: torch.Tensor | None = None
-        for chunk in tensor.chunks:
+        stops = [*(index + 1 for index in front), *(span.start + span.size for span in box)]
+        target = target[(None,) * len(front)]
+        for chunk in tensor.chunks_in(starts, stops):
             low = [max(pair) for pair in zip(starts, chunk.offsets, strict=True)]
             ends = zip(stops, chunk.offsets, chunk.sizes, strict=True)
             high = [min(stop, offset + size) for stop, offset, size in ends]
-            if any(first >= last for first, last in zip(low, high, strict=True)):
-                continue
-            inside = _box(low, high, chunk.offsets)
-            part = self._chunk(chunk)[inside]
-            if low == list(starts) and high == list(stops):
-                return part
-            if region is None:
-                shape = [stop - start for start, stop in zip(starts, stops, strict=True)]
-                region = torch.empty(shape, dtype=part.dtype)
-            region[_box(low, high, starts)] = part
-        assert region is not None, "chunks cover a tensor"
-        return region
+            if all(first < last for first, last in zip(low, high, strict=True)):
+                inside = [first - offset for first, offset in zip(low, chunk.offsets, strict=True)]
+                self._read_chunk(target[_box(low, high, starts)], chunk, inside, tensor.dtype)
 
-    def _chunk(self, chunk: Chunk) -> torch.Tensor:
+    def _read_chunk(
+        self, target: torch.Tensor, chunk: Chunk, starts: Sequence[int], dtype: str
+    ) -> None:
+        """Reads the box of a chunk that begins at `starts`, as large as the target."""
+        values, descriptor = self._find(chunk, dtype)
+        places = zip(starts, values.strides, strict=True)
+        first = values.start + target.itemsize * sum(at * stride for at, stride in places)
+        ends = zip(target.shape, values.strides, strict=True)
+        extent = 1 + sum((size - 1) * stride for size, stride in ends)
+        if target.is_contiguous() and _is_dense(target.shape, values.strides):
+            _read_into(target, chunk.path, descriptor, first)
+            return
+        # With what lies between.
+        around = torch.empty(extent, dtype=target.dtype)
+        _read_into(around, chunk.path, descriptor, first)
+        target.copy_(torch.as_strided(around, target.shape, values.strides))
+
+    def _find(self, chunk: Chunk, dtype: str) -> tuple[StoredValues, int]:
+        """Where the values of a chunk are, and the open file."""
         with self._lock:
-            if chunk in self._kept:
-                self._kept.move_to_end(chunk)
-                return self._kept[chunk]
-            if chunk.path not in self._files:
-                self._files[chunk.path] = chunk.path.open("rb")
-            descriptor = self._files[chunk.path].fileno()
-        tensor = _load(chunk, descriptor)
-        with self._lock:
-            self._kept[chunk] = tensor
-            while len(self._kept) > 1 and sum(t.nbytes for t in self._kept.values()) > _KEPT_BYTES:
-                self._kept.popitem(last=False)
-        return tensor
+            if chunk.path not in self._open:
+                self._open[chunk.path] = os.open(chunk.path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor, found = self._open[chunk.path], self._found.get(chunk)
+        if found is None:
+            found = find_chunk(chunk, descriptor, DTYPES[dtype])
+            with self._lock:
+                self._found[chunk] = found
+        return found, descriptor
+
+
+def find_chunk(chunk: Chunk, descriptor: int, dtype: torch.dtype) -> StoredValues:
+    """Where the values of a chunk are.
+
+    Raises:
+        ValueError: The file holds something else there.
+    """
+    try:
+        return find_values(descriptor, chunk.start, chunk.num_bytes, shape=chunk.sizes, dtype=dtype)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{chunk.path}: cannot be read at byte {chunk.start}: {reason}") from error
+
+
+def _read_into(target: torch.Tensor, path: Path, descriptor: int, position: int) -> None:
+    missing = memoryview(target.view(-1).view(torch.uint8).numpy())
+    while missing:
+        count = os.preadv(descriptor, [missing], position)
+        if not count:
+            raise OSError(f"{path}: was cut short while it was read")
+        missing, position = missing[count:], position + count
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the elements of a box lie side by side, in their order."""
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _runs(box: Box) -> Iterator[Box]:
+    """A box whose spans repeat, as boxes whose spans do not."""
+    return itertools.product(*(span.runs for span in box))
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(span.start, span.start + span.size) for span in box)
 
 
 class _Slices:
@@ -181,51 +213,6 @@ class _Slices:
         start, stop, step = rows.indices(self._shape[0])
         assert step == 1, "parts are read without gaps"
         return self._source.read(self._name, start, stop)[(slice(None), *others)]
-
-
-class _FilePart(io.RawIOBase):
-    """A part of a file as a file; several threads may read the same file."""
-
-    def __init__(self, descriptor: int, start: int, size: int) -> None:
-        self._descriptor, self._start, self._size, self._at = descriptor, start, size, 0
-
-    def readable(self) -> bool:
-        """It can be read."""
-        return True
-
-    def seekable(self) -> bool:
-        """It can be read from anywhere."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves on, as in other files."""
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = origin + offset
-        return self._at
-
-    def tell(self) -> int:
-        """Where the next byte is read."""
-        return self._at
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:
-        """Reads as much as there is room for."""
-        room = memoryview(buffer).cast("B")[: max(0, self._size - self._at)]
-        count = os.preadv(self._descriptor, [room], self._start + self._at) if room else 0
-        self._at += count
-        return count
-
-
-def _load(chunk: Chunk, descriptor: int) -> torch.Tensor:
-    file = _FilePart(descriptor, chunk.start, chunk.num_bytes)
-    try:
-        tensor = torch.load(file, map_location="cpu", weights_only=True)
-    except (*BROKEN_PICKLE, OSError) as error:
-        # Torch goes on for lines, about how to read it with all that could run code.
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.100}"
-        raise ValueError(f"{chunk.path}: cannot be read at byte {chunk.start}: {reason}") from error
-    if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
-        raise ValueError(f"{chunk.path}: the entry at byte {chunk.start} is no {chunk.sizes}")
-    return tensor
 
 
 def _spellings(parameter: GlobalParameter) -> Iterator[tuple[str, bool]]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import io
 import os
+import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -43,15 +43,18 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from xxhash import xxh3_128
 
-from mtrain.bridge.convert import num_threads
+from mtrain.bridge.convert import io_threads, num_threads
 from mtrain.bridge.global_tensors import has_equal_layers
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.save import DTYPE_NAMES
 from mtrain.bridge.sources import StoredWeights, TensorSource
 from mtrain.bridge.written import FileHasher, WrittenFile, WrittenTensor
+from mtrain.checkpoint.torch_dist.entries import frame_of
 from mtrain.checkpoint.torch_dist.streaming.units import Unit, plan_units, units_of_rank
 
 _Place = tuple[str, tuple[int, ...]]
+# Hashed twice, checked and written at a time.
+_STEP_BYTES = 2**20
 
 
 def _empty_state() -> bytes:
@@ -221,7 +224,7 @@ class _StreamingWriter(FileSystemWriter):
         prefix = plan.storage_data.prefix
         parts = [part for part in _evenly(plan.items, num_threads()) if part]
         names = [f"{prefix}{number}.distcp" for number in range(len(parts))]
-        with ThreadPoolExecutor(max(1, len(parts))) as threads:
+        with io_threads(max(1, len(parts))) as threads:
             done = threads.map(self._write_file, names, parts, [planner] * len(parts))
             results = []
             for written, of_file in done:
@@ -235,17 +238,15 @@ class _StreamingWriter(FileSystemWriter):
         self, name: str, items: Sequence[WriteItem], planner: SavePlanner
     ) -> tuple[WrittenFile, list[WriteResult]]:
         results, tensors = [], {}
-        path = Path(self.path) / name
-        with _HashingFile(path) as file:
+        with _HashingFile(Path(self.path) / name) as file:
             for item in items:
                 data = planner.resolve_data(item)
-                offset = file.tell()
+                offset = file.num_bytes
                 if isinstance(data, torch.Tensor):
-                    torch.save(data, file)
-                    tensors[chunk_name(item.index)] = _record(data)
+                    tensors[chunk_name(item.index)] = file.append_tensor(data)
                 else:
-                    file.write(data.getbuffer())
-                size = file.tell() - offset
+                    file.append(data.getbuffer())
+                size = file.num_bytes - offset
                 place = _StorageInfo(name, offset, size)
                 results.append(
                     WriteResult(index=item.index, size_in_bytes=size, storage_data=place)
@@ -253,48 +254,53 @@ class _StreamingWriter(FileSystemWriter):
         return replace(file.written, tensors=tensors), results
 
 
-class _HashingFile(io.RawIOBase):
+class _HashingFile:
     """A new file that is hashed while it is written, and on disk when it is left well."""
 
     def __init__(self, path: Path) -> None:
+        self.num_bytes = 0
         self._hasher = FileHasher(path.name, ())
         self._file = path.open("xb", buffering=0)
+
+    def __enter__(self) -> _HashingFile:
+        return self
 
     def __exit__(self, kind: object, *rest: object) -> None:
         with self._file:
             if kind is None:
                 os.fsync(self._file.fileno())
 
-    def writable(self) -> bool:
-        """It is for writing."""
-        return True
-
-    def tell(self) -> int:
-        """Bytes so far."""
-        return self._file.tell()
-
-    def write(self, data: bytes | memoryview) -> int:
-        """Appends bytes."""
+    def append(self, data: bytes | memoryview) -> None:
+        """Writes the next bytes."""
         self._hasher.add_header(data)
+        self.num_bytes += len(data)
         rest = memoryview(data)
         while rest:
             # An unbuffered file may take less than it was given.
             rest = rest[self._file.write(rest) :]
-        return len(data)
+
+    def append_tensor(self, tensor: torch.Tensor) -> WrittenTensor:
+        """Writes a contiguous tensor as `torch.save` would, while its bytes are in the cache."""
+        frame = frame_of(tuple(tensor.shape), tensor.dtype)
+        values, checksum = xxh3_128(), 0
+        data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        self.append(frame.before)
+        for start in range(0, len(data), _STEP_BYTES):
+            part = data[start : start + _STEP_BYTES]
+            checksum = zlib.crc32(part, checksum)
+            values.update(part)
+            self.append(part)
+        self.append(frame.after(checksum))
+        return WrittenTensor(
+            dtype=DTYPE_NAMES[tensor.dtype],
+            shape=tuple(tensor.shape),
+            digest=values.hexdigest(),
+        )
 
     @property
     def written(self) -> WrittenFile:
         """The record of the file, without its tensors."""
         return self._hasher.result()
-
-
-def _record(tensor: torch.Tensor) -> WrittenTensor:
-    data = tensor.contiguous().flatten().view(torch.uint8).numpy()
-    return WrittenTensor(
-        dtype=DTYPE_NAMES[tensor.dtype],
-        shape=tuple(tensor.shape),
-        digest=xxh3_128(data).hexdigest(),
-    )
 
 
 def chunk_name(index: MetadataIndex) -> str:
