@@ -36,6 +36,7 @@ from mtrain.bridge.convert import num_threads, write_weights
 from mtrain.bridge.plan import Shape, hf_tensors, weight_table
 from mtrain.bridge.sources import TensorShape
 from mtrain.config.checkpoint import parse_byte_size
+from mtrain.platform.device import prepare_megatron_files
 
 HEADER = "| step | start-up s | work s | GB/s | of raw | peak anonymous GB | peak RSS GB | CPU s |"
 STEPS = ("load", "to_mcore", "to_hf", "dtype")
@@ -262,11 +263,11 @@ def _status_bytes(name: str) -> int:
 
 def megatron(*words: str) -> Callable[[], None]:
     """The command; what it will import is imported now."""
-    import mtrain.cli.export
+    import mtrain.cli.export  # noqa: F401
     from mtrain.cli.main import main
 
     if "--to_mcore" in words:
-        import mtrain.checkpoint.torch_dist.streaming.writer  # noqa: F401
+        prepare_megatron_files(only=True)
 
     def run() -> None:
         if main(list(words)) != 0:

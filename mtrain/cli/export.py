@@ -39,6 +39,7 @@ from mtrain.lora.merged_weights import merge_weights
 from mtrain.lora.peft_config import adapter_config
 from mtrain.lora.plan import adapter_table
 from mtrain.parallel import World, destroy_world
+from mtrain.platform.device import prepare_megatron_files
 
 
 def run(config: ExportConfig, here: Placement) -> int:
@@ -61,6 +62,8 @@ def run(config: ExportConfig, here: Placement) -> int:
     check_same_inputs(config, source, world, adapter=adapter)
     if backend is not None:
         _check_hf_weights(config, source)
+    elif config.export.to_mcore:
+        prepare_megatron_files(only=True)
     to = _destination(config, source, adapter, world)
     exported: StoredWeights | None = None
     if adapter is None or config.tuner.merge_lora:

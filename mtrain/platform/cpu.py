@@ -9,6 +9,7 @@ Each stand-in says which call needs it; the rest of mtrain asks `mtrain.platform
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -172,6 +173,24 @@ def eager_fusions() -> Iterator[None]:
         yield
     finally:
         torch.compile = compile_function
+
+
+@contextlib.contextmanager
+def hidden_module(name: str) -> Iterator[None]:
+    """While Megatron-Core is imported: it does not find a library, as if that were not installed.
+
+    Args:
+        name: The library; it is left alone if it is imported already.
+    """
+    if name in sys.modules:
+        yield
+        return
+    # An import of what is None there fails as one of what is missing.
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def mend_megatron() -> None:

@@ -1,13 +1,16 @@
 """Which device this process trains on, and Megatron-Core made ready for it.
 
 Call `prepare_megatron()` before the first import of `megatron.core`; the packages that import it
-(`mtrain.model`, `mtrain.training`) do so in their `__init__`.
+(`mtrain.model`, `mtrain.training`) do so in their `__init__`. What only needs its checkpoint format
+calls `prepare_megatron_files()`.
 """
 
 import contextlib
 import functools
 import logging
+import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +88,33 @@ def prepare_megatron() -> None:
     Its warnings about missing apex and Transformer Engine say nothing to a user of mtrain: both
     are optional here and the chosen backend is printed at start.
     """
+    with _quiet_import(), contextlib.nullcontext() if has_gpu() else cpu.eager_fusions():
+        import megatron.core.models.gpt.gpt_layer_specs
+        import megatron.core.optimizer
+        import megatron.core.pipeline_parallel.schedules  # noqa: F401
+    cpu.mend_megatron()
+
+
+def prepare_megatron_files(*, only: bool = False) -> None:
+    """Imports what writes Megatron-Core's checkpoints; its models may follow.
+
+    Args:
+        only: None will: then neither Transformer Engine nor torch's compiler is imported, which is
+            half of the time. A model would be without both.
+    """
+    if "megatron.core" in sys.modules:
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet_import())
+        if only or not has_gpu():
+            stack.enter_context(cpu.eager_fusions())
+        if only:
+            stack.enter_context(cpu.hidden_module("transformer_engine"))
+        import megatron.core.dist_checkpointing  # noqa: F401
+
+
+@contextlib.contextmanager
+def _quiet_import() -> Iterator[None]:
     cpu.install_cpu_stand_ins()
     for name in ("megatron.core", "megatron.core.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -93,11 +123,7 @@ def prepare_megatron() -> None:
     warnings.filterwarnings("ignore", module=r"torch\.distributed", category=FutureWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with contextlib.nullcontext() if has_gpu() else cpu.eager_fusions():
-            import megatron.core.models.gpt.gpt_layer_specs
-            import megatron.core.optimizer
-            import megatron.core.pipeline_parallel.schedules  # noqa: F401
-    cpu.mend_megatron()
+        yield
 
 
 @functools.cache

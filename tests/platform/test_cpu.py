@@ -1,7 +1,9 @@
+import importlib
+
 import pytest
 import torch
 
-from mtrain.platform.cpu import eager_fusions, install_cpu_stand_ins
+from mtrain.platform.cpu import eager_fusions, hidden_module, install_cpu_stand_ins
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the stand-ins act only where there is no GPU"
@@ -51,6 +53,16 @@ def test_fused_functions_stay_plain_while_megatron_is_imported():
         assert torch.compile(function) is function
         assert torch.compile(dynamic=True)(function) is function
     assert torch.compile is compile_function
+
+
+def test_a_hidden_library_is_not_found_for_a_while(tmp_path, monkeypatch):
+    (tmp_path / "some_library.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with hidden_module("some_library"), pytest.raises(ImportError):
+        importlib.import_module("some_library")
+    library = importlib.import_module("some_library")
+    with hidden_module("some_library"):
+        assert importlib.import_module("some_library") is library
 
 
 def test_token_dispatch_gets_split_sizes_that_gloo_accepts():

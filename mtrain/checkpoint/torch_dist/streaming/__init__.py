@@ -1,5 +1,5 @@
 """Writing torch_dist, with Megatron-Core; the rest of `torch_dist` works without it."""
 
-from mtrain.platform.device import prepare_megatron
+from mtrain.platform.device import prepare_megatron_files
 
-prepare_megatron()
+prepare_megatron_files()
