@@ -76,10 +76,9 @@ def save_weights(
             `DeferredWriter` when it is asked for the record of the file.
 
     Returns:
-        What gives the files of this rank; the first rank's has the index among them.
-
-    Raises:
-        OSError: This rank could not write a file. The others do not hear of it from here.
+        What gives the files of this rank; the first rank's has the index among them. It raises an
+        OSError where this rank could not write; whatever the ranks do together in between, none
+        waits for that one.
     """
     files = plan_files(
         table,
@@ -125,9 +124,6 @@ def save_tensors(
         bucket_bytes: As for `save_weights`.
         stem: How the names of the files begin.
         open_file: As for `save_weights`.
-
-    Raises:
-        OSError: This rank could not write a file. The others do not hear of it from here.
     """
     writers: list[TensorFile] = []
     error: OSError | None = None
@@ -152,8 +148,12 @@ def save_tensors(
         except OSError as problem:
             error = error or problem
     if error is not None:
-        raise error
+        return functools.partial(_fail, error)
     return functools.partial(_records, writers, files, folder, state.is_first_rank, stem)
+
+
+def _fail(error: OSError) -> list[WrittenFile]:
+    raise error
 
 
 def _records(

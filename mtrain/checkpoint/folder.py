@@ -29,6 +29,8 @@ __all__ = [
     "agree",
     "complete_folder",
     "discard",
+    "flush",
+    "make_folder",
     "publish_folder",
     "stage_folder",
     "write_atomically",
@@ -60,10 +62,12 @@ class Contents:
 
     Attributes:
         write: Called on all ranks with the folder; returns what writes the files of this rank. It
-            may use collectives, but then has to end on every rank when it fails on one.
+            may use collectives, and then does not raise when this rank cannot write: what it
+            returned does, so that no rank waits for another one.
         num_bytes: About how much all ranks write.
         source: What the folder is made from, for its manifest; that of the first rank counts.
         sources: Folders that are being read, which must stay as they are.
+        folders: Folders in it that are there when `write` is called.
         finish: Called on the first rank with the folder when all ranks have written; does what
             needs the files of all of them, and returns records of those that it made.
     """
@@ -72,6 +76,7 @@ class Contents:
     num_bytes: int
     source: Mapping[str, Any]
     sources: Sequence[Path] = ()
+    folders: Sequence[str] = ()
     finish: Callable[[Path], Iterable[WrittenFile]] | None = None
 
     def __add__(self, other: Contents) -> Contents:
@@ -83,6 +88,7 @@ class Contents:
             num_bytes=self.num_bytes + other.num_bytes,
             source={**self.source, **other.source},
             sources=[*self.sources, *other.sources],
+            folders=[*self.folders, *other.folders],
         )
 
 
@@ -127,7 +133,7 @@ def stage_folder(final: Path, contents: Contents, *, world: World, exist_ok: boo
         if not world.is_first_rank:
             return None
         _check_free(final, contents.sources, exist_ok)
-        return _stage(final, contents.num_bytes)
+        return _stage(final, contents)
 
     staged = agree(final, world, stage)[0]
     assert staged is not None
@@ -138,7 +144,7 @@ def write_files(staged: Path, pending: Iterable[PendingFiles]) -> list[WrittenFi
     """Writes the files of this rank; they are on disk then."""
     files = [file for write in pending for file in write()]
     for file in files:
-        _fsync(staged / file.name)
+        flush(staged / file.name)
     return files
 
 
@@ -152,12 +158,12 @@ def complete_folder(
     made = write_files(staged, [lambda: contents.finish(staged)]) if contents.finish else []
     write_manifest(staged, [*files, *made], source=contents.source)
     for folder, _, _ in os.walk(staged, topdown=False):
-        _fsync(Path(folder))
+        flush(Path(folder))
     if final.is_dir() and any(final.iterdir()):
         _move_into(staged, final)
     else:
         staged.rename(final)
-    _fsync(final.parent)
+    flush(final.parent)
 
 
 def discard(staged: Path, world: World) -> None:
@@ -203,15 +209,17 @@ def _check_free(final: Path, sources: Sequence[Path], exist_ok: bool) -> None:
     raise ValueError(f"{what} and will not be overwritten; choose another --output_dir")
 
 
-def _stage(final: Path, num_bytes: int) -> Path:
+def _stage(final: Path, contents: Contents) -> Path:
     """Makes the hidden folder to write into."""
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     free = shutil.disk_usage(final.parent).free
-    if num_bytes > free:
-        raise ValueError(f"it needs about {num_bytes} bytes, and {free} are free")
+    if contents.num_bytes > free:
+        raise ValueError(f"it needs about {contents.num_bytes} bytes, and {free} are free")
     staged = final.parent / f".{final.name}{STAGED}{os.getpid()}"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
+    for name in contents.folders:
+        (staged / name).mkdir()
     return staged
 
 
@@ -231,7 +239,7 @@ def _move_into(staged: Path, final: Path) -> None:
         path.replace(target)
     shutil.rmtree(staged)
     for folder, _, _ in os.walk(final, topdown=False):
-        _fsync(Path(folder))
+        flush(Path(folder))
 
 
 def _replaced(final: Path) -> list[Path]:
@@ -265,13 +273,30 @@ def _place_in_order(path: Path) -> tuple[bool, bool, str]:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a small text file so that a reader sees the old one or the new one."""
     temporary = path.with_name(f".{path.name}{STAGED}{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
-    temporary.replace(path)
-    _fsync(path.parent)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        flush(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
 
 
-def _fsync(path: Path) -> None:
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it, whose names outlive a power cut; it may be there.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        flush(folder.parent)
+
+
+def flush(path: Path) -> None:
+    """Waits until the bytes of a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -151,10 +151,7 @@ def save_optimizer_state(
         open_file: As for `save_weights`.
 
     Returns:
-        What writes the files of this rank.
-
-    Raises:
-        OSError: This rank could not write a file.
+        What writes the files of this rank, or raises the OSError of one that it could not write.
     """
     layout = state.layout
     everyone: list[list[_Run]] = [[]] * layout.world_size

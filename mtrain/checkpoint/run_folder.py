@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mtrain.checkpoint.folder import LATEST_FILE, STAGED, write_atomically
+from mtrain.checkpoint.folder import LATEST_FILE, STAGED, flush, make_folder, write_atomically
 from mtrain.config.resume import checkpoint_step
 from mtrain.parallel import World
 
@@ -27,6 +27,7 @@ __all__ = [
     "latest_checkpoint",
     "list_checkpoints",
     "name_latest",
+    "remove_leftovers",
     "remove_surplus",
 ]
 
@@ -76,8 +77,9 @@ def create_run_folder(
     if world.is_first_rank:
         try:
             if resumed is not None and continues_in(output_dir, resumed):
-                _remove_leftovers(resumed.parent)
-                answer = [resumed.parent]
+                run = resumed.resolve().parent
+                remove_leftovers(run)
+                answer = [run]
             else:
                 answer = [_make_run_folder(output_dir, add_version=add_version, started=started)]
         except OSError as error:
@@ -91,13 +93,14 @@ def create_run_folder(
 
 
 def _make_run_folder(output_dir: Path, *, add_version: bool, started: datetime) -> Path:
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir)
     if not add_version:
         if found := list_checkpoints(output_dir):
             raise ValueError(
                 f"--output_dir {output_dir}: holds {found[-1].name} of another run; choose another "
                 "folder or --add_version true"
             )
+        remove_leftovers(output_dir)
         return output_dir
     matches = (_VERSION.fullmatch(path.name) for path in output_dir.iterdir())
     version = max((int(match[1]) for match in matches if match), default=-1) + 1
@@ -108,17 +111,19 @@ def _make_run_folder(output_dir: Path, *, add_version: bool, started: datetime) 
         except FileExistsError:  # another run started at the same time
             version += 1
         else:
+            flush(output_dir)
             return folder
 
 
 def continues_in(output_dir: Path, resumed: Path) -> bool:
     """Whether a run that continues this checkpoint does so in the folder that holds it."""
-    run, output_dir = resumed.parent.resolve(), output_dir.resolve()
+    resumed, output_dir = resumed.resolve(), output_dir.resolve()
+    run = resumed.parent
     is_inside = run == output_dir or (run.parent == output_dir and _VERSION.fullmatch(run.name))
-    return bool(is_inside) and list_checkpoints(run)[-1].resolve() == resumed.resolve()
+    return bool(is_inside) and list_checkpoints(run)[-1:] == [resumed]
 
 
-def _remove_leftovers(run: Path) -> None:
+def remove_leftovers(run: Path) -> None:
     """Removes the hidden folders of saves and deletions that were cut short."""
     for path in run.glob(f".*{STAGED}*"):
         if path.is_dir():
@@ -157,10 +162,15 @@ def remove_surplus(run: Path, retention: Retention) -> None:
     for checkpoint in surplus:
         if checkpoint.resolve() in keep:
             continue
-        # Hidden first: a deletion that is cut short must not look like a complete checkpoint.
-        doomed = run / f".{checkpoint.name}{STAGED}deleted"
         try:
-            checkpoint.rename(doomed)
-            shutil.rmtree(doomed)
+            _delete(checkpoint)
         except OSError as error:
             logger.warning("cannot delete %s: %s", checkpoint, error)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Hides it for good first: a deletion cut short must not look like a complete checkpoint."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}{STAGED}deleted")
+    checkpoint.rename(doomed)
+    flush(checkpoint.parent)
+    shutil.rmtree(doomed)

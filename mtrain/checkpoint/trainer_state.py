@@ -107,7 +107,6 @@ def state_contents(
     """
 
     def write(folder: Path) -> list[PendingFiles]:
-        (folder / STATE_FOLDER).mkdir(exist_ok=True)
         pending = save_optimizer_state(
             tensors, folder / STATE_FOLDER, form=form, state=state, open_file=open_file
         )
@@ -117,7 +116,12 @@ def state_contents(
             pending.append(lambda: [write_trainer_state(folder, trainer)])
         return pending
 
-    return Contents(write=write, num_bytes=optimizer_bytes(tensors, state=state), source={})
+    return Contents(
+        write=write,
+        num_bytes=optimizer_bytes(tensors, state=state),
+        source={},
+        folders=(STATE_FOLDER,),
+    )
 
 
 def read_trainer_state(checkpoint: Path) -> TrainerState:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mtrain.cli.parser import parse_config
-from mtrain.config.resume import AUTO, STATE_FOLDER, TRAINER_FILE, find_checkpoints
+from mtrain.config.resume import AUTO, STATE_FOLDER, TRAINER_FILE, find_checkpoints, find_runs
 from mtrain.config.run import SftConfig
 
 __all__ = ["pin_resume"]
@@ -41,7 +41,8 @@ def pin_resume(
     fresh = [*words, _FLAG, "none"]
     output_dir = read(fresh).checkpoint.output_dir
     assert output_dir is not None, "resolving fills it"
-    for checkpoint in find_checkpoints(Path(output_dir).expanduser()):
+    folder = Path(output_dir).expanduser()
+    for checkpoint in find_checkpoints(folder):
         if not (checkpoint / STATE_FOLDER / TRAINER_FILE).is_file():
             continue
         try:
@@ -54,6 +55,7 @@ def pin_resume(
         return [*words, _FLAG, str(checkpoint)]
     if show:
         print(f"no checkpoint to continue in {output_dir}: a new run starts", file=sys.stderr)
+    _clear(folder)
     return fresh
 
 
@@ -71,6 +73,16 @@ def _check(checkpoint: Path) -> None:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         found = f"{faults[0].kind}: {faults[0].text}{more}"
         raise ValueError(f"{checkpoint} is damaged ({found}), see megatron verify")
+
+
+def _clear(output_dir: Path) -> None:
+    """Removes saves that were cut short: a run that dies in its first one never goes on in it."""
+    if runs := find_runs(output_dir):
+        # As above.
+        from mtrain.checkpoint.run_folder import remove_leftovers
+
+        for run in runs:
+            remove_leftovers(run)
 
 
 def _put_aside(checkpoint: Path) -> None:

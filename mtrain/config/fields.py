@@ -6,6 +6,7 @@ so a setting is described once.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, get_type_hints
 
@@ -57,6 +58,7 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@functools.cache
 def flag_specs(section: type) -> tuple[FlagSpec, ...]:
     """The flags of one section, in the order in which they are declared."""
     hints = get_type_hints(section)

@@ -22,6 +22,7 @@ __all__ = [
     "changed_flags",
     "checkpoint_step",
     "find_checkpoints",
+    "find_runs",
     "resolve_resumed",
 ]
 
@@ -48,19 +49,30 @@ def checkpoint_step(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def find_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of all runs in a folder, the latest run first, its newest step first.
+def find_runs(output_dir: Path) -> list[Path]:
+    """The folders of all runs in a folder, the latest first, and itself at the end.
 
     Args:
         output_dir: Folder of runs, or the folder of one run.
     """
     if not output_dir.is_dir():
         return []
-    runs = {-1: output_dir}
-    for path in output_dir.iterdir():
-        if match := _RUN.fullmatch(path.name):
-            runs[int(match[1])] = path
-    return [path for _, run in sorted(runs.items(), reverse=True) for path in _newest_first(run)]
+    # Runs that started at the same moment may have the same number.
+    runs = [
+        (int(match[1]), path.name, path)
+        for path in output_dir.iterdir()
+        if (match := _RUN.fullmatch(path.name)) and path.is_dir()
+    ]
+    return [*(path for *_, path in sorted(runs, reverse=True)), output_dir]
+
+
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of all runs in a folder, the latest run first, its newest step first.
+
+    Args:
+        output_dir: Folder of runs, or the folder of one run.
+    """
+    return [path for run in find_runs(output_dir) for path in _newest_first(run)]
 
 
 def _newest_first(run: Path) -> Iterator[Path]:

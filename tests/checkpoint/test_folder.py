@@ -1,24 +1,27 @@
 import json
-import logging
 import os
 import re
 import resource
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
 
+from mtrain.bridge.safetensors_writer import SafetensorsWriter
 from mtrain.bridge.written import WrittenFile, record_file
 from mtrain.checkpoint.folder import (
     LATEST_FILE,
     Contents,
     SaveError,
+    make_folder,
     publish_folder,
     write_atomically,
 )
 from mtrain.checkpoint.run_folder import latest_checkpoint, list_checkpoints
 from mtrain.parallel import ParallelLayout, ParallelState
+from tests.checkpoint.disk import read_tree
 from tests.checkpoint.saving import save
 from tests.ranks import run_ranks
 
@@ -48,9 +51,16 @@ def contents_of(state: ParallelState, **changes) -> Contents:
 def publish(
     state: ParallelState, run: Path, steps: list[int], limit: int | None = None, **changes
 ) -> list[str]:
-    protected = changes.get("protected")
     contents = contents_of(state, **changes)
-    save(run, steps, lambda _: contents, world=state.world, limit=limit, protected=protected)
+    save(
+        run,
+        steps,
+        lambda _: contents,
+        world=state.world,
+        limit=limit,
+        protected=changes.get("protected"),
+        is_async=changes.get("is_async", False),
+    )
     return sorted(path.name for path in run.iterdir())
 
 
@@ -74,74 +84,6 @@ def test_a_tracker_that_names_nothing_is_not_believed(tmp_path):
     (tmp_path / ".checkpoint-9.staged-1").mkdir()
     (tmp_path / LATEST_FILE).write_text("7\n")
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
-
-
-class Killed(BaseException):
-    """The process is gone: nothing after it runs."""
-
-
-def die_at(nth: int) -> tuple[pytest.MonkeyPatch, Callable[[], int]]:
-    """Ends the process after the nth call that changes the disk."""
-    patch = pytest.MonkeyPatch()
-    calls = 0
-
-    def dying(function: Callable) -> Callable:
-        def call(*args, **kwargs):
-            nonlocal calls
-            result = function(*args, **kwargs)
-            calls += 1
-            if calls == nth:
-                raise Killed
-            return result
-
-        return call
-
-    for owner, name in [
-        (os, "fsync"),
-        (Path, "mkdir"),
-        (Path, "rename"),
-        (Path, "replace"),
-        (Path, "write_text"),
-        (Path, "write_bytes"),
-        (shutil, "rmtree"),
-    ]:
-        patch.setattr(owner, name, dying(getattr(owner, name)))
-    return patch, lambda: calls
-
-
-def killed_saves(state: ParallelState, output_dir: Path) -> int:
-    nth = 0
-    while True:
-        nth += 1
-        run = output_dir / str(nth)
-        run.mkdir()
-        publish(state, run, [1, 2], limit=2)
-        patch, count_calls = die_at(nth)
-        try:
-            publish(state, run, [3], limit=2)
-        except Killed:
-            died = True
-        else:
-            died = False
-        finally:
-            patch.undo()
-        complete = list_checkpoints(run)
-        assert latest_checkpoint(run) in complete[-2:]
-        assert {path.name for path in complete} >= {"checkpoint-2"}
-        for checkpoint in complete:
-            names = sorted(path.name for path in checkpoint.iterdir())
-            assert names == ["manifest.json", "rank-0.bin"]
-            json.loads((checkpoint / "manifest.json").read_text())
-        publish(state, run, [4], limit=2)
-        assert latest_checkpoint(run).name == "checkpoint-4"
-        if not died:
-            return count_calls()
-
-
-def test_a_kill_at_any_moment_leaves_complete_checkpoints_and_saving_goes_on(tmp_path):
-    """T01: after every call that changes the disk."""
-    [count] = run_ranks(ONE, killed_saves, tmp_path)
-    assert count >= 12
 
 
 def failing_save(state: ParallelState, run: Path, how: str) -> str:
@@ -183,6 +125,34 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_with_the_reason(tmp_path, ho
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
 
 
+def overwrite_source(state: ParallelState, source: Path, final: Path) -> str:
+    with pytest.raises(SaveError) as caught:
+        publish_folder(
+            final, contents_of(state, protected=source), world=state.world, exist_ok=True
+        )
+    return str(caught.value)
+
+
+def test_the_folder_that_the_base_is_read_from_is_not_written_however_it_is_spelled(tmp_path):
+    """T05: not even with --exist_ok, and what is mapped into memory keeps its bytes."""
+    source = tmp_path / "base"
+    source.mkdir()
+    with SafetensorsWriter(source / "model.safetensors", [("a", "U8", (4,))]) as writer:
+        writer.append(torch.arange(4, dtype=torch.uint8))
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "iter_0000001").symlink_to(source)
+    (source / ".metadata").write_bytes(b"")
+    before = read_tree(source)
+    with safe_open(source / "model.safetensors", "pt") as mapped:
+        for final in (tmp_path / "link", tmp_path / "x" / ".." / "base", tmp_path / "inside"):
+            (tmp_path / "x").mkdir(exist_ok=True)
+            for message in run_ranks(TWO, overwrite_source, source, final):
+                assert "the model was loaded from it and will not be overwritten" in message
+        assert mapped.get_tensor("a").tolist() == [0, 1, 2, 3]
+    assert read_tree(source) == before
+
+
 def save_again(state: ParallelState, run: Path) -> str:
     with pytest.raises(SaveError) as caught:
         publish(state, run, [1])
@@ -204,6 +174,10 @@ def test_the_manifest_lists_the_files_of_all_ranks_and_what_they_were_made_from(
     manifest = json.loads((tmp_path / "checkpoint-1" / "manifest.json").read_text())
     assert list(manifest["files"]) == ["rank-0.bin", "rank-1.bin"]
     assert manifest["source"] == {"model": "seen by rank 0"}
+
+
+class Killed(BaseException):
+    """The process is gone: nothing after it runs."""
 
 
 def publish_into(state: ParallelState, folder: Path, die_after: int | None) -> None:
@@ -239,61 +213,36 @@ def test_a_folder_that_is_written_anew_has_no_manifest_until_it_is_complete(tmp_
         assert (folder / "notes.txt").read_text() == "old"
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(1, {4}), (2, {3, 4}), (9, {1, 2, 3, 4})])
-def test_the_newest_checkpoints_are_kept(tmp_path, limit, kept):
-    """T06."""
-    run_ranks(TWO, publish, tmp_path, [1, 2, 3, 4], limit)
-    assert {path.name for path in list_checkpoints(tmp_path)} == {f"checkpoint-{n}" for n in kept}
-    assert latest_checkpoint(tmp_path).name == "checkpoint-4"
-
-
-def save_beside_source(state: ParallelState, run: Path) -> None:
-    publish(state, run, [1])
-    publish(state, run, [2, 3], 1, protected=run / "checkpoint-1")
-
-
-def test_the_checkpoint_that_training_started_from_is_kept(tmp_path):
-    """T06."""
-    run_ranks(ONE, save_beside_source, tmp_path)
-    names = [path.name for path in list_checkpoints(tmp_path)]
-    assert names == ["checkpoint-1", "checkpoint-3"]
-
-
-def save_undeletable(state: ParallelState, run: Path) -> list[str]:
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logging.getLogger("mtrain.checkpoint.run_folder").addHandler(handler)
-    patch = pytest.MonkeyPatch()
-
-    def fail(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    publish(state, run, [1])
-    patch.setattr("mtrain.checkpoint.run_folder.shutil.rmtree", lambda path, **kwargs: fail(path))
-    patch.setattr("mtrain.checkpoint.folder._stage", lambda final, *_: staged_by_hand(final))
-    publish(state, run, [2], 1)
-    patch.undo()
-    return messages
-
-
-def staged_by_hand(final: Path) -> Path:
-    staged = final.parent / f".{final.name}.staged-test"
-    staged.mkdir()
-    return staged
-
-
-def test_a_failed_deletion_is_a_warning(tmp_path):
-    """T06: training goes on."""
-    [[message]] = run_ranks(ONE, save_undeletable, tmp_path)
-    assert "cannot delete" in message
-    assert "checkpoint-1" in message
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
-
-
 def test_a_small_file_is_replaced_as_a_whole(tmp_path):
     path = tmp_path / "latest"
     for text in ("1\n", "22\n"):
         write_atomically(path, text)
         assert path.read_text() == text
     assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+
+
+def test_a_small_file_that_cannot_be_replaced_stays_and_leaves_nothing_behind(
+    tmp_path, monkeypatch
+):
+    """T03."""
+    path = tmp_path / "latest"
+    write_atomically(path, "1\n")
+
+    def fail(path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("mtrain.checkpoint.folder.flush", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, "22\n")
+    assert path.read_text() == "1\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+
+
+def test_the_names_of_new_folders_are_flushed(tmp_path, monkeypatch):
+    """T08: of all that are new, and of those that hold them."""
+    flushed = []
+    monkeypatch.setattr("mtrain.checkpoint.folder.flush", flushed.append)
+    make_folder(tmp_path / "a" / "b")
+    assert flushed == [tmp_path, tmp_path / "a"]
+    make_folder(tmp_path / "a" / "b")
+    assert len(flushed) == 2
