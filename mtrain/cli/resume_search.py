@@ -5,7 +5,7 @@ of them continue the same one. A damaged checkpoint is put aside under a hidden 
 before it is taken.
 """
 
-import contextlib
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,23 +22,23 @@ _FLAG = "--resume_from_checkpoint"
 def pin_resume(
     words: list[str], read: Callable[[list[str]], SftConfig], *, show: bool = True
 ) -> list[str]:
-    """The words of a command that name the checkpoint to continue, where one is asked for.
+    """The words of a command, in which the checkpoint to continue is named where one is asked for.
 
     Args:
         words: As typed.
         read: Reads and checks them; the flags are checked before any checkpoint is read.
-        show: Whether this process speaks for its machine.
+        show: Whether this process speaks for its machine. Whoever puts a checkpoint aside says so.
 
     Raises:
         ValueError: The checkpoint that was asked for is damaged, or a flag is wrong.
     """
     settings = parse_config(SftConfig, words).checkpoint
     if settings.resume_from_checkpoint != AUTO:
-        if settings.resume_from_checkpoint not in (None, "none") or not settings.finetune:
+        if settings.resume_from_checkpoint is not None or not settings.finetune:
             resumed = read(words).checkpoint.resume_from_checkpoint
             _check(Path(resumed or ""))
         return words
-    fresh = [*words, _FLAG, "none"]
+    fresh = [*words, _FLAG, "none", "--finetune", "true"]
     output_dir = read(fresh).checkpoint.output_dir
     assert output_dir is not None, "resolving fills it"
     folder = Path(output_dir).expanduser()
@@ -48,9 +48,9 @@ def pin_resume(
         try:
             _check(checkpoint)
         except ValueError as error:
-            _put_aside(checkpoint)
-            if show:
-                print(f"warning: {error}; trying the one before it", file=sys.stderr)
+            if aside := _put_aside(checkpoint, error):
+                how = f"put aside as {aside.name}, trying the one before it"
+                print(f"warning: {error}; {how}", file=sys.stderr)
             continue
         return [*words, _FLAG, str(checkpoint)]
     if show:
@@ -68,7 +68,10 @@ def _check(checkpoint: Path) -> None:
     # Here, not above: a run from the start needs none of it.
     from mtrain.verify.files import check_files
 
-    faults = check_files(checkpoint)
+    try:
+        faults = check_files(checkpoint)
+    except OSError as error:
+        raise ValueError(f"{checkpoint} cannot be read: {error.strerror}") from error
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         found = f"{faults[0].kind}: {faults[0].text}{more}"
@@ -85,12 +88,24 @@ def _clear(output_dir: Path) -> None:
             remove_leftovers(run)
 
 
-def _put_aside(checkpoint: Path) -> None:
-    """Hides a damaged checkpoint, so that a new one can have its name."""
-    for number in range(1000):
-        target = checkpoint.with_name(f".{checkpoint.name}.damaged-{number}")
-        if not target.exists():
-            # Another process may have done it.
-            with contextlib.suppress(FileNotFoundError):
-                checkpoint.rename(target)
-            return
+def _put_aside(checkpoint: Path, error: ValueError) -> Path | None:
+    """Hides a damaged checkpoint, so that a new one can have its name.
+
+    Args:
+        checkpoint: The checkpoint.
+        error: What is wrong with it.
+
+    Returns:
+        Where it is now; None when another process was faster, which speaks for all then.
+
+    Raises:
+        ValueError: It cannot be renamed.
+    """
+    names = (f".{checkpoint.name}.damaged-{number}" for number in itertools.count())
+    target = next(path for path in map(checkpoint.with_name, names) if not path.exists())
+    try:
+        return checkpoint.rename(target)
+    except FileNotFoundError:
+        return None
+    except OSError as refused:
+        raise ValueError(f"{error}; it cannot be put aside: {refused.strerror}") from refused

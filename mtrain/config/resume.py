@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtrain.config.fields import spell
+from mtrain.config.model import ModelConfig
 from mtrain.config.run import SftConfig, config_to_dict, resolve_sft
 from mtrain.config.saved_arguments import read_arguments
 
@@ -92,16 +93,12 @@ def resolve_resumed(config: SftConfig) -> SftConfig:
     """
     checkpoint = _checkpoint(config)
     if checkpoint is None:
-        if config.checkpoint.resume_from_checkpoint is None:
-            return resolve_sft(config)
-        none = dataclasses.replace(config.checkpoint, resume_from_checkpoint=None)
-        return resolve_sft(dataclasses.replace(config, checkpoint=none))
+        return resolve_sft(config)
     saved = _read_saved(checkpoint)
-    model = config.model
-    if model.model in (None, str(checkpoint)) and isinstance(saved.get("model"), str):
-        model = dataclasses.replace(model, model=saved["model"])
-    # Now, so that the output folder is named after the base.
-    config = resolve_sft(dataclasses.replace(config, model=model))
+    # Before the rest is resolved, so that the output folder is named after the base.
+    config = resolve_sft(
+        dataclasses.replace(config, model=_base_model(config.model, saved, checkpoint=checkpoint))
+    )
     if saved.get("tuner_type") != config.tuner.tuner_type:
         raise ValueError(
             f"--resume_from_checkpoint {checkpoint}: was saved with --tuner_type "
@@ -118,12 +115,19 @@ def resolve_resumed(config: SftConfig) -> SftConfig:
     return dataclasses.replace(config, model=model, tuner=tuner, checkpoint=resumed)
 
 
+def _base_model(model: ModelConfig, saved: Mapping[str, Any], *, checkpoint: Path) -> ModelConfig:
+    """The model that the run began with, unless another one is given."""
+    is_given = model.model is not None and Path(model.model).expanduser() != checkpoint
+    if is_given or not isinstance(saved.get("model"), str):
+        return model
+    use_hf = model.use_hf or saved.get("use_hf") is True
+    return dataclasses.replace(model, model=saved["model"], use_hf=use_hf)
+
+
 def _checkpoint(config: SftConfig) -> Path | None:
     """The checkpoint that the flags name; None for a run from the start."""
     wanted = config.checkpoint.resume_from_checkpoint
     assert wanted != AUTO, "it is replaced by what was found"
-    if wanted == "none":
-        return None
     if wanted is None:
         if config.checkpoint.finetune:
             return None

@@ -46,7 +46,9 @@ def save_tiny(
 def search(out: Path) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint auto` continues."""
     config = SftConfig(checkpoint=CheckpointConfig(output_dir=str(out)))
-    found = pin_resume(["--resume_from_checkpoint", "auto"], lambda _: config, show=False)[-1]
+    words = ["--resume_from_checkpoint", "auto"]
+    pinned = pin_resume(words, lambda _: config, show=False)
+    found = pinned[len(words) + 1]
     return None if found == "none" else Path(found)
 
 
