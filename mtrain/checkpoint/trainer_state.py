@@ -7,7 +7,7 @@ number that JSON writes is read back exactly, so losses add up to the same bits 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,25 +137,52 @@ def read_trainer_state(checkpoint: Path) -> TrainerState:
     version = content.pop("format", None)
     if version != _FORMAT:
         raise ValueError(f"{path}: is of format {version}, and this version reads {_FORMAT}")
-    types: dict[str, type | tuple[type, ...]] = {
-        "step": int,
-        "total_steps": int,
-        "layout": dict,
-        "belongs_to": dict,
-        "num_updates": int,
-        "loss_scale": dict,
-        "schedule_steps": int,
-        "data": dict,
-        "data_unit": int,
-        "metrics": list,
-        "has_random_states": bool,
-    }
-    for name, wanted in types.items():
-        if not isinstance(content.get(name), wanted):
-            raise ValueError(f"{path}: {name} is missing or no {wanted}")
-    if surplus := content.keys() - types.keys():
+    for name, (is_sound, wanted) in _FIELDS.items():
+        if name not in content or not is_sound(content[name]):
+            raise ValueError(f"{path}: {name} is missing or not {wanted}")
+    if surplus := content.keys() - _FIELDS.keys():
         raise ValueError(f"{path}: has {', '.join(sorted(surplus))}, which is not known")
     return TrainerState(**content)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def _maps_to(is_sound: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(is_sound, value.values()))
+
+
+def _is_progress(value: object) -> bool:
+    """Whether there are numbers of every rank: samples and tokens, and what else was added up."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(
+            isinstance(of_rank, list) and len(of_rank) >= 2 and all(map(_is_number, of_rank))
+            for of_rank in value
+        )
+    )
+
+
+_COUNT = (_is_count, "a whole number, 0 or more")
+_FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "step": _COUNT,
+    "total_steps": _COUNT,
+    "layout": (_maps_to(lambda size: size is None or _is_count(size)), "sizes by name"),
+    "belongs_to": (_maps_to(lambda fact: isinstance(fact, str)), "text by name"),
+    "num_updates": _COUNT,
+    "loss_scale": (_maps_to(_is_number), "numbers by name"),
+    "schedule_steps": _COUNT,
+    "data": (lambda value: isinstance(value, dict), "values by name"),
+    "data_unit": _COUNT,
+    "metrics": (_is_progress, "a list of numbers for every rank"),
+    "has_random_states": (lambda value: isinstance(value, bool), "true or false"),
+}
 
 
 def write_random_states(
@@ -186,6 +213,9 @@ def read_random_states(checkpoint: Path, *, world: World) -> dict[str, torch.Ten
     if not path.is_file():
         raise ValueError(f"{path}: is missing; use --no_load_rng true for fresh random states")
     header = read_header(path)
+    for name, stored in header.items():
+        if stored.dtype != "U8" or len(stored.shape) != 1:
+            raise ValueError(f"{path}: {name} is no random state")
     with SafetensorsReader(header) as reader:
         return {name: reader.slices(name)[:].clone() for name in header}
 
