@@ -233,6 +233,8 @@ def make_saver(run: TrainingRun, folder: Path) -> Saver:
     stops = settings.save_on_error == "stop"
     stored = None if adapter is None else adapter.stored
     loaded_from = run.inputs.source.folder if stored is None else stored.folder
+    # With a merged adapter that is the base, and the checkpoint is another folder.
+    started_from = Path(settings.resume_from_checkpoint or loaded_from)
 
     def report(saved: SaveReport) -> None:
         if run.state.is_first_rank:
@@ -247,7 +249,7 @@ def make_saver(run: TrainingRun, folder: Path) -> Saver:
     return Saver(
         folder,
         world=run.state.world,
-        retention=Retention(limit=settings.save_total_limit, protected=loaded_from),
+        retention=Retention(limit=settings.save_total_limit, protected=started_from),
         is_async=settings.async_save,
         report=report,
         fail=fail,

@@ -26,6 +26,7 @@ from mtrain.checkpoint.saver import Saver, SaveReport
 from mtrain.checkpoint.trainer_state import state_contents
 from mtrain.checkpoint.weights import WeightsFormat, weights_contents
 from mtrain.cli import saving
+from mtrain.config import CheckpointConfig, SftConfig
 from mtrain.parallel import ParallelLayout, ParallelState, World
 from mtrain.verify.files import check_files
 from tests.bridge.standin import make_chunks
@@ -284,3 +285,30 @@ def test_a_checkpoint_that_has_no_room_on_one_rank_is_refused_on_all(tmp_path, n
     for answer in run_ranks(TWO, room_for, tmp_path, num_bytes):
         assert (answer is None) == fits
         assert fits or "a checkpoint needs about 1000 bytes, and 999 are free" in answer
+
+
+def resume_merged(state: ParallelState, run: Path) -> list[str]:
+    """What is left of a run that goes on from its first checkpoint with a limit of one."""
+    contents = partial(tiny_contents, world=state.world)
+    save(run, [1], contents, world=state.world)
+    checkpoint = CheckpointConfig(
+        resume_from_checkpoint=str(run / "checkpoint-1"), save_total_limit=1, finetune=False
+    )
+    saver = saving.make_saver(
+        SimpleNamespace(
+            config=SftConfig(checkpoint=checkpoint),
+            state=state,
+            inputs=SimpleNamespace(
+                source=SimpleNamespace(folder=run / "base"), adapter=SimpleNamespace(stored=None)
+            ),
+        ),
+        run,
+    )
+    for step in (2, 3):
+        saver.save(step, contents(saver.open_file))
+    return [path.name for path in list_checkpoints(run)]
+
+
+def test_the_checkpoint_that_is_continued_is_kept_even_if_its_weights_are_not_loaded(tmp_path):
+    """T06: those with a merged adapter are not, the base is."""
+    assert run_ranks(ONE, resume_merged, tmp_path) == [["checkpoint-1", "checkpoint-3"]]
