@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 from typing import Protocol
 
 import torch
@@ -89,6 +91,57 @@ class SafetensorsWriter:
         while data:
             # An unbuffered file may take less than it was given.
             data = data[self._file.write(data) :]
+
+
+class ThreadedWriter:
+    """A `SafetensorsWriter` in a thread of its own, so that several files are written side by side.
+
+    Args:
+        path: The file; it must not exist.
+        tensors: Name, dtype and shape of each tensor.
+    """
+
+    def __init__(self, path: Path, tensors: _Entries) -> None:
+        self._writer = SafetensorsWriter(path, tensors)
+        # One part waits while one is written; more would only take memory.
+        self._parts: Queue[torch.Tensor | None] = Queue(maxsize=1)
+        self._error: BaseException | None = None
+        self._thread = Thread(target=self._write, name=f"mtrain-write-{path.name}", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> ThreadedWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._parts.put(None)
+        self._thread.join()
+        if kind is None and self._error is not None:
+            raise self._error
+        self._writer.__exit__(kind, *rest)
+
+    def append(self, part: torch.Tensor) -> None:
+        """Hands over a copy of the next bytes: uint8 [num_bytes] on the CPU.
+
+        Raises:
+            OSError: Bytes that came before could not be written.
+        """
+        if self._error is not None:
+            raise self._error
+        self._parts.put(part.clone())
+
+    @property
+    def written(self) -> WrittenFile:
+        """The record of the file, once the `with` block ended well."""
+        return self._writer.written
+
+    def _write(self) -> None:
+        while (part := self._parts.get()) is not None:
+            try:
+                if self._error is None:
+                    self._writer.append(part)
+            except (OSError, AssertionError) as error:
+                # For the thread that brings the parts; until it looks, they are thrown away.
+                self._error = error
 
 
 class DeferredWriter:

@@ -7,6 +7,7 @@ them. Pipeline stages and expert-parallel ranks write their own; data-parallel c
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,6 +27,8 @@ from mtrain.bridge.written import WrittenFile, write_index
 from mtrain.parallel import ParallelLayout, ParallelState
 
 BUCKET_BYTES = 128 * 2**20
+# Files that a rank fills side by side.
+FILES_AT_ONCE = 8
 # Dtypes that are saved, in the words of the format.
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -224,11 +227,17 @@ def _write_files(
 
 
 def _in_turns(files: list[WeightFile], *, max_elements: int) -> Iterator[tuple[WeightFile, Bucket]]:
-    """A bucket for each writer in turn, so that one can write while others gather."""
-    of_writer: dict[int, list[WeightFile]] = {}
+    """A bucket for each writer in turn, and of each writer for several of its files in turn.
+
+    So that one rank can write while others gather, and one file while another is.
+    """
+    streams_of: dict[tuple[int, int], list[WeightFile]] = {}
+    num_files = Counter[int]()
     for file in files:
-        of_writer.setdefault(file.writer, []).append(file)
-    streams = [_buckets_of(queue, max_elements=max_elements) for queue in of_writer.values()]
+        stream = num_files[file.writer] % FILES_AT_ONCE
+        num_files[file.writer] += 1
+        streams_of.setdefault((file.writer, stream), []).append(file)
+    streams = [_buckets_of(queue, max_elements=max_elements) for queue in streams_of.values()]
     for turn in zip_longest(*streams):
         yield from (item for item in turn if item is not None)
 

@@ -15,7 +15,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtrain.bridge.safetensors_writer import DeferredWriter, OpenFile, SafetensorsWriter
+from mtrain.bridge.safetensors_writer import DeferredWriter, OpenFile, ThreadedWriter
 from mtrain.bridge.written import WrittenFile
 from mtrain.checkpoint.folder import (
     Contents,
@@ -85,7 +85,7 @@ class Saver:
     @property
     def open_file(self) -> OpenFile:
         """What takes the tensors of a file, for the contents of `save`."""
-        return DeferredWriter if self._is_async else SafetensorsWriter
+        return DeferredWriter if self._is_async else ThreadedWriter
 
     def save(self, step: int, contents: Contents) -> None:
         """Saves `checkpoint-<step>`; every rank must call this.

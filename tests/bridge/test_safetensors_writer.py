@@ -1,3 +1,4 @@
+import resource
 from dataclasses import replace
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from xxhash import xxh3_128
 
-from mtrain.bridge.safetensors_writer import SafetensorsWriter
+from mtrain.bridge.safetensors_writer import DeferredWriter, SafetensorsWriter, ThreadedWriter
 from mtrain.bridge.written import record_file
 
 TENSORS = [("b", "F32", (2, 3)), ("a", "F32", (4,))]
@@ -70,3 +71,33 @@ def test_the_record_is_that_of_the_file_on_disk(tmp_path):
         "b": xxh3_128(values[:6].numpy()).hexdigest(),
         "a": xxh3_128(values[6:].numpy()).hexdigest(),
     }
+
+
+@pytest.mark.parametrize("open_file", [ThreadedWriter, DeferredWriter])
+def test_a_file_that_is_written_by_a_thread_or_later_is_the_same(tmp_path, open_file):
+    """T07: the parts are copied, so that the caller may reuse its memory at once."""
+    data = as_bytes(torch.arange(10.0))
+    with SafetensorsWriter(tmp_path / "x", TENSORS) as writer:
+        writer.append(data)
+    (tmp_path / "other").mkdir()
+    buffer = torch.empty(7, dtype=torch.uint8)
+    with open_file(tmp_path / "other" / "x", TENSORS) as other:
+        for part in data.split(7):
+            other.append(buffer[: len(part)].copy_(part))
+    assert other.written == writer.written
+    assert (tmp_path / "other" / "x").read_bytes() == (tmp_path / "x").read_bytes()
+
+
+def test_an_error_in_the_thread_reaches_whoever_brings_the_parts(tmp_path):
+    """T03: and nobody waits for a thread that gave up."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with (
+            pytest.raises(OSError, match="File too large"),
+            ThreadedWriter(tmp_path / "x", [("a", "U8", (2**26,))]) as writer,
+        ):
+            for _ in range(64):
+                writer.append(torch.zeros(2**20, dtype=torch.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
