@@ -6,11 +6,11 @@ The one thing to know: it hashes what it writes, so nobody has to read the file 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from queue import Queue
-from threading import Thread
 from typing import Protocol
 
 import torch
@@ -103,21 +103,21 @@ class ThreadedWriter:
 
     def __init__(self, path: Path, tensors: _Entries) -> None:
         self._writer = SafetensorsWriter(path, tensors)
-        # One part waits while one is written; more would only take memory.
-        self._parts: Queue[torch.Tensor | None] = Queue(maxsize=1)
-        self._error: BaseException | None = None
-        self._thread = Thread(target=self._write, name=f"mtrain-write-{path.name}", daemon=True)
-        self._thread.start()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"mtrain-write-{path.name}")
+        self._under_way: deque[Future[None]] = deque()
 
     def __enter__(self) -> ThreadedWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._parts.put(None)
-        self._thread.join()
-        if kind is None and self._error is not None:
-            raise self._error
-        self._writer.__exit__(kind, *rest)
+        self._executor.shutdown()
+        errors = (part.exception() for part in self._under_way)
+        error = next((error for error in errors if error is not None), None)
+        if kind is not None or error is None:
+            self._writer.__exit__(kind, *rest)
+            return
+        self._writer.__exit__(type(error))
+        raise error
 
     def append(self, part: torch.Tensor) -> None:
         """Hands over a copy of the next bytes: uint8 [num_bytes] on the CPU.
@@ -125,23 +125,15 @@ class ThreadedWriter:
         Raises:
             OSError: Bytes that came before could not be written.
         """
-        if self._error is not None:
-            raise self._error
-        self._parts.put(part.clone())
+        # One part waits while one is written; more would only take memory.
+        while len(self._under_way) > 1:
+            self._under_way.popleft().result()
+        self._under_way.append(self._executor.submit(self._writer.append, part.clone()))
 
     @property
     def written(self) -> WrittenFile:
         """The record of the file, once the `with` block ended well."""
         return self._writer.written
-
-    def _write(self) -> None:
-        while (part := self._parts.get()) is not None:
-            try:
-                if self._error is None:
-                    self._writer.append(part)
-            except (OSError, AssertionError) as error:
-                # For the thread that brings the parts; until it looks, they are thrown away.
-                self._error = error
 
 
 class DeferredWriter:

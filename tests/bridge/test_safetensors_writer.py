@@ -1,4 +1,5 @@
 import resource
+import threading
 from dataclasses import replace
 
 import pytest
@@ -101,3 +102,26 @@ def test_an_error_in_the_thread_reaches_whoever_brings_the_parts(tmp_path):
                 writer.append(torch.zeros(2**20, dtype=torch.uint8))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_an_error_that_nobody_foresaw_ends_the_thread_and_whoever_brings_the_parts(
+    tmp_path, monkeypatch
+):
+    """T32: the parts that come after it are not waited for."""
+
+    def fail(writer, part):
+        raise MemoryError
+
+    monkeypatch.setattr(SafetensorsWriter, "append", fail)
+    writer = ThreadedWriter(tmp_path / "x", [("a", "U8", (64,))])
+
+    def bring_parts():
+        with pytest.raises(MemoryError), writer:
+            for _ in range(8):
+                writer.append(torch.zeros(8, dtype=torch.uint8))
+
+    # In a thread that can be given up, where it waits for ever.
+    thread = threading.Thread(target=bring_parts, daemon=True)
+    thread.start()
+    thread.join(timeout=10)
+    assert not thread.is_alive()

@@ -9,6 +9,7 @@ of a file what was flushed, or more; of a folder the names that were flushed, or
 import builtins
 import io
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class WatchedDisk:
         self._end_at = end_at
         self._is_cut = is_cut
         self._stack = ExitStack()
+        self._lock = threading.RLock()
 
     def __enter__(self) -> "WatchedDisk":
         for name, kind in (("mkdir", "mkdir"), ("rmdir", "rmdir")):
@@ -74,16 +76,17 @@ class WatchedDisk:
 
     def make(self, change: Change, act: Callable[[bytes], Any]) -> Any:
         """Makes a change, unless the process has ended before."""
-        if self.ended_at is not None:
-            raise Killed
-        if len(self.changes) + 1 == self._end_at:
-            self.ended_at = change
-            if self._is_cut and change.kind == "write":
-                act(change.data[: len(change.data) // 2])
-            raise Killed
-        result = act(change.data)
-        self.changes.append(change)
-        return result
+        with self._lock:
+            if self.ended_at is not None:
+                raise Killed
+            if len(self.changes) + 1 == self._end_at:
+                self.ended_at = change
+                if self._is_cut and change.kind == "write":
+                    act(change.data[: len(change.data) // 2])
+                raise Killed
+            result = act(change.data)
+            self.changes.append(change)
+            return result
 
     def _of_path(self, kind: str, real: Callable) -> Callable:
         def call(path: Any, *args: Any, dir_fd: int | None = None, **kwargs: Any) -> None:

@@ -21,7 +21,7 @@ from mtrain.checkpoint.folder import (
 )
 from mtrain.checkpoint.run_folder import latest_checkpoint, list_checkpoints
 from mtrain.parallel import ParallelLayout, ParallelState
-from tests.checkpoint.disk import read_tree
+from tests.checkpoint.disk import WatchedDisk, read_tree
 from tests.checkpoint.saving import save
 from tests.ranks import run_ranks
 
@@ -236,6 +236,18 @@ def test_a_small_file_that_cannot_be_replaced_stays_and_leaves_nothing_behind(
         write_atomically(path, "22\n")
     assert path.read_text() == "1\n"
     assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+
+
+def last_changes(state: ParallelState, folder: Path) -> list[tuple[str, Path]]:
+    with WatchedDisk(folder) as disk:
+        publish_folder(folder / "out" / "model", contents_of(state), world=state.world)
+    return [(change.kind, change.target or change.path) for change in disk.changes[-2:]]
+
+
+def test_the_name_of_an_export_is_flushed_too(tmp_path):
+    """T08: no tracker follows, with which it would be."""
+    out = tmp_path / "out"
+    assert run_ranks(ONE, last_changes, tmp_path) == [[("rename", out / "model"), ("flush", out)]]
 
 
 def test_the_names_of_new_folders_are_flushed(tmp_path, monkeypatch):
