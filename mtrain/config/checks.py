@@ -42,10 +42,24 @@ def check_sft(config: SftConfig, *, world_size: int) -> None:
     _check_schedule(config.optimizer, train_iters=config.training.train_iters)
     _check_shard_size(config.checkpoint.max_shard_size)
     _check_world_size(config.parallel, world_size=world_size)
-    if config.optimizer.optimizer == "sgd" and config.parallel.use_distributed_optimizer:
-        raise ValueError("--optimizer sgd needs --use_distributed_optimizer false")
+    _check_optimizer(config.optimizer, config.parallel)
     _check_batches(config.training, config.parallel, world_size=world_size)
     _check_moe(config.moe, config.parallel, packing=config.data.packing)
+
+
+def _check_optimizer(optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:
+    if optimizer.optimizer == "sgd" and parallel.use_distributed_optimizer:
+        raise ValueError("--optimizer sgd needs --use_distributed_optimizer false")
+    if optimizer.use_precision_aware_optimizer:
+        if optimizer.optimizer != "adam" or not parallel.use_distributed_optimizer:
+            raise ValueError(
+                "--use_precision_aware_optimizer true needs --optimizer adam and "
+                "--use_distributed_optimizer true"
+            )
+        return
+    for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        if (value := getattr(optimizer, name)) != "fp32":
+            raise ValueError(f"--{name} {value} needs --use_precision_aware_optimizer true")
 
 
 def check_export(config: ExportConfig, *, world_size: int) -> None:

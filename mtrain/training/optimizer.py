@@ -19,11 +19,14 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mtrain.config.optimizer import OptimizerConfig
+from mtrain.platform.device import has_transformer_engine
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
 
 __all__ = ["build_optimizer", "build_scheduler"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_optimizer(
@@ -44,6 +47,10 @@ def build_optimizer(
         raise ValueError(f"--optimizer {settings.optimizer} is not supported; use adam or sgd")
     if settings.optimizer == "sgd" and chunks[0].ddp_config.use_distributed_optimizer:
         raise ValueError("--optimizer sgd needs --use_distributed_optimizer false")
+    if settings.use_precision_aware_optimizer and not has_transformer_engine():
+        raise ValueError(
+            "--use_precision_aware_optimizer true needs Transformer Engine and a GPU; use false"
+        )
     config = chunks[0].config
     if config.fp16 and config.num_moe_experts is not None:
         # Megatron-Core gives experts a loss scale of their own, which drifts from the one that
@@ -77,6 +84,9 @@ def _megatron_config(
         params_dtype=chunk.config.params_dtype,
         use_distributed_optimizer=chunk.ddp_config.use_distributed_optimizer,
         overlap_param_gather=chunk.ddp_config.overlap_param_gather,
+        use_precision_aware_optimizer=settings.use_precision_aware_optimizer,
+        exp_avg_dtype=_DTYPES[settings.exp_avg_dtype],
+        exp_avg_sq_dtype=_DTYPES[settings.exp_avg_sq_dtype],
     )
 
 

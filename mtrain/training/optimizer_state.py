@@ -42,6 +42,8 @@ _Groups = Sequence[Sequence[torch.Tensor]]
 
 # Name of the float32 main parameters among what an optimizer remembers.
 MAIN = "param"
+# Transformer Engine's name for them.
+_MASTER = "master_param"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +88,42 @@ class ParameterState:
             target.copy_(values)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NarrowParameterState(ParameterState):
+    """The same where Transformer Engine's Adam keeps moments, and main parameters, in fewer bits.
+
+    `main` is the parameter itself here. With remainders, the optimizer keeps the lower 16 bits of
+    the main parameter as int16, and the parameter is the upper ones, rounded up where those are
+    negative. Source: `transformer_engine`, `AdamFunctorMasterParamRemainder`.
+    """
+
+    def read(self, kind: str) -> torch.Tensor:
+        """What is remembered: float32 [stop - start], a copy where it is kept in fewer bits."""
+        if not self.owner.state[self.key]:
+            self.owner.initialize_state(self.key, self._has_remainders)
+        values = self.owner.get_unscaled_state(self.key, _MASTER if kind == MAIN else kind)
+        if kind == MAIN and self._has_remainders:
+            upper = self.key.view(torch.int16).to(torch.int32) - (values < 0).to(torch.int32)
+            values = ((upper << 16) | (values.to(torch.int32) & 0xFFFF)).view(torch.float32)
+        return values.view(-1)
+
+    def write(self, kind: str, values: torch.Tensor) -> None:
+        """Sets it, rounded to the bits that it is kept in."""
+        name = _MASTER if kind == MAIN else kind
+        if kind == MAIN and self._has_remainders:
+            bits = values.view(torch.int32)
+            remainders = (bits & 0xFFFF).to(torch.int16)
+            upper = (bits >> 16) + (remainders < 0).to(torch.int32)
+            with torch.no_grad():
+                self.key.view(torch.int16).copy_(upper.to(torch.int16))
+            values = remainders
+        self.owner.set_scaled_state(self.key, name, values.view_as(self.key))
+
+    @property
+    def _has_remainders(self) -> bool:
+        return self.owner.store_param_remainders and self.key.dtype == torch.bfloat16
+
+
 def trained_parameters(
     chunks: Sequence[DistributedDataParallel],
 ) -> dict[torch.Tensor, tuple[int, str]]:
@@ -114,8 +152,9 @@ def parameter_states(
             continue
         for parameter, key, start in _updated(part):
             chunk, name = names[parameter]
+            is_narrow = optimizer.config.use_precision_aware_optimizer
             states.append(
-                ParameterState(
+                (NarrowParameterState if is_narrow else ParameterState)(
                     chunk=chunk,
                     name=name,
                     start=start,
@@ -133,7 +172,9 @@ def _updated(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """Parameter of the model, what the optimizer updates in its place, and where that begins."""
     if isinstance(part, DistributedOptimizer):
-        pairs = _pairs(part.model_float16_groups, part.shard_fp32_from_float16_groups)
+        is_narrow = part.config.use_precision_aware_optimizer
+        mains = part.shard_float16_groups if is_narrow else part.shard_fp32_from_float16_groups
+        pairs = _pairs(part.model_float16_groups, mains)
         pairs += _pairs(part.model_fp32_groups, part.shard_fp32_groups)
         for parameter, shard in pairs:
             yield parameter, shard, part._get_model_param_range_map(parameter)["param"].start
