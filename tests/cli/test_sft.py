@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ def loop_plan(*, total_steps: int, num_samples: int = 10, **changes):
         seed=0,
     )
     config = resolve_sft(SftConfig(checkpoint=checkpoint, training=training))
-    return sft._loop_plan(config, batches, total_steps=total_steps)
+    run = SimpleNamespace(config=config, batches=batches, total_steps=total_steps)
+    return sft._loop_plan(run, first_step=changes.get("first_step", 0))
 
 
 def test_checkpoints_and_evaluations_come_at_their_steps_and_at_the_end() -> None:
@@ -54,6 +56,11 @@ def test_an_epoch_ends_with_an_evaluation_and_a_checkpoint() -> None:
     """Ten samples by four: epochs end within steps 3 and 5, and with step 8."""
     plan = loop_plan(total_steps=8, checkpoint={"save_strategy": "epoch"})
     assert (plan.checkpoints, plan.evaluations) == ({3, 5, 8}, {3, 5, 8})
+
+
+def test_a_run_that_goes_on_ends_its_epochs_where_they_end() -> None:
+    plan = loop_plan(total_steps=8, checkpoint={"save_strategy": "epoch"}, first_step=4)
+    assert plan.checkpoints == {5, 8}
 
 
 @pytest.fixture(scope="module")
