@@ -27,6 +27,7 @@ KINDS = {
     "full": (*PACKED, "--weight_decay_incr_style", "linear", "--end_weight_decay", "0.2"),
     "full, two epochs": TWO_EPOCHS,
     "bf16": (*PACKED, "--torch_dtype", "bfloat16"),
+    "fp16": (*PACKED, "--torch_dtype", "float16"),
     "lora": (*LORA, "--target_modules", "all-linear", *TWO_EPOCHS),
     "lora in bf16, merged": (*LORA, *PACKED, "--torch_dtype", "bfloat16", "--merge_lora", "true"),
     "async": (*PACKED, "--async_save", "true"),

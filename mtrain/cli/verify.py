@@ -87,7 +87,7 @@ def _checkpoint_folder(path: Path) -> Path:
         raise ValueError(f"{path}: no such folder")
     if not any(folder.glob("checkpoint-*")):
         return folder
-    from mtrain.checkpoint.folder import latest_checkpoint
+    from mtrain.checkpoint.run_folder import latest_checkpoint
 
     latest = latest_checkpoint(folder)
     if latest is None:
