@@ -1,14 +1,15 @@
-"""The lines that a run says about itself before its first step."""
+"""The lines that a run says about itself before its first step and when it is stopped."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 from mtrain.cli.resuming import ResumePoint
 from mtrain.cli.saving import TrainingRun
 from mtrain.platform.device import device_info
 
-__all__ = ["finished_notice", "start_notice"]
+__all__ = ["finished_notice", "start_notice", "stop_notice"]
 
 
 def start_notice(run: TrainingRun, *, trained: str, folder: Path) -> str:
@@ -45,4 +46,16 @@ def finished_notice(point: ResumePoint, *, total_steps: int) -> str:
     return (
         f"the run is finished: {point.folder} has {point.trainer.step} of {total_steps} steps; for "
         "more, raise --num_train_epochs or --train_iters"
+    )
+
+
+def stop_notice(signum: int) -> str:
+    """What is said after a signal ended training early.
+
+    Args:
+        signum: The signal.
+    """
+    return (
+        f"stopped by {signal.Signals(signum).name} after a save; the same command with "
+        "--resume_from_checkpoint auto goes on"
     )

@@ -22,7 +22,7 @@ from mtrain.cli.joining import join, training_dtype
 from mtrain.cli.launch import Placement
 from mtrain.cli.loading import find_backend, load_adapter, load_model, start_parallel
 from mtrain.cli.model_source import hf_names
-from mtrain.cli.notices import finished_notice, start_notice
+from mtrain.cli.notices import finished_notice, start_notice, stop_notice
 from mtrain.cli.preparation import Inputs, open_inputs
 from mtrain.cli.rank_checks import check_same_inputs
 from mtrain.cli.resuming import (
@@ -114,6 +114,8 @@ def run(config: SftConfig, here: Placement) -> int:
     _say(world, start_notice(run, trained=trained, folder=folder), *notes)
     first_step = point.trainer.step if point else 0
     stopped_by = _train(run, train_data, folder, here, first_step=first_step)
+    if stopped_by:
+        _say(world, stop_notice(stopped_by))
     return _end(signal_exit_code(stopped_by) if stopped_by else 0)
 
 

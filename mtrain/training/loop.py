@@ -130,7 +130,7 @@ def train(
         ValueError: The data ends before the plan.
     """
     requests = RankRequests(state.world)
-    answer = Answer(stop=0, is_writing=False)
+    stopped_by = 0
     with _garbage_collection(settings) as collect:
         for step in range(plan.first_step + 1, plan.total_steps + 1):
             requests.ask(around.stop.requested, is_writing=around.saves.is_working)
@@ -145,10 +145,11 @@ def train(
             evaluated = _between_steps(step, answer, chunks, plan=plan, around=around)
             with _paused(around.meter):
                 collect(step, evaluated=evaluated)
-            if answer.stop:
+            if answer.stop and step < plan.total_steps:
+                stopped_by = answer.stop
                 break
         around.saves.wait()
-    return answer.stop
+    return stopped_by
 
 
 def _between_steps(

@@ -1,7 +1,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-from mtrain.cli.notices import finished_notice, start_notice
+from mtrain.cli.notices import finished_notice, start_notice, stop_notice
 from mtrain.parallel import ParallelLayout
 
 
@@ -22,3 +22,8 @@ def test_a_finished_run_says_how_to_go_on():
     assert "the run is finished: out/checkpoint-9 has 9 of 8 steps" in finished_notice(
         point, total_steps=8
     )
+
+
+def test_a_stopped_run_says_by_what_and_how_to_go_on():
+    """T30."""
+    assert stop_notice(15).startswith("stopped by SIGTERM after a save; the same command with ")

@@ -148,6 +148,11 @@ def test_a_rank_that_is_asked_to_stop_stops_all_after_a_save(folder, tmp_path):
         assert completed[-1] == "the save of step 3"
 
 
+def test_a_request_in_the_last_step_finds_the_run_complete(folder, tmp_path):
+    ranks = run_ranks(ParallelLayout(), run, folder, tmp_path, TOTAL, TrainingConfig(), TOTAL)
+    assert [(stopped_by, saved[-1][0]) for stopped_by, saved, _, _ in ranks] == [(0, TOTAL)]
+
+
 def test_the_last_line_has_the_fields_that_people_plot(folder, tmp_path):
     run_ranks(ParallelLayout(), run, folder, tmp_path, TOTAL, TrainingConfig())
     line = json.loads((tmp_path / "logging.jsonl").read_text().splitlines()[0])
