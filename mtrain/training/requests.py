@@ -72,20 +72,23 @@ class RankRequests:
     def __init__(self, world: World) -> None:
         self._world = world
         is_gpu = world.device.type == "cuda"
-        self._host = torch.zeros(2, dtype=torch.int32, pin_memory=is_gpu)
+        # Pinned: a copy from other memory to the GPU, or back, waits for all that is queued there.
+        self._ours = torch.zeros(2, dtype=torch.int32, pin_memory=is_gpu)
+        self._everyone = torch.zeros(2, dtype=torch.int32, pin_memory=is_gpu)
 
     def ask(self, stop: int, *, is_writing: bool) -> None:
-        """Sends what this rank says; all ranks call it.
+        """Sends what this rank says; all ranks call it, once the answer before is known.
 
         Args:
             stop: Number of the signal that this rank got.
             is_writing: Whether it still writes a checkpoint.
         """
-        ours = torch.tensor([stop, is_writing], dtype=torch.int32).to(self._world.device)
-        dist.all_reduce(ours, op=dist.ReduceOp.MAX, group=self._world.group)
-        self._host.copy_(ours, non_blocking=True)
+        self._ours[0], self._ours[1] = stop, is_writing
+        on_device = self._ours.to(self._world.device, non_blocking=True, copy=True)
+        dist.all_reduce(on_device, op=dist.ReduceOp.MAX, group=self._world.group)
+        self._everyone.copy_(on_device, non_blocking=True)
 
     def answer(self) -> Answer:
         """What was asked last; only after the device has been waited for."""
-        stop, is_writing = self._host.tolist()
+        stop, is_writing = self._everyone.tolist()
         return Answer(stop=stop, is_writing=bool(is_writing))
