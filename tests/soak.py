@@ -2,8 +2,9 @@
 
     python -m tests.soak --kills 200 --steps 600 --seed 0
 
-A LoRA run with dropout and optimizer state on two ranks is killed (SIGKILL, a random rank at a
-random moment: start-up, a step, a save, synchronous or not) and started again with the same
+A LoRA run with dropout and optimizer state on two ranks is killed (SIGKILL, or with --signal 15 or
+10 asked to stop; a random rank at a random moment: start-up, a step, a save, synchronous or not)
+and started again with the same
 command, `--resume_from_checkpoint auto`. Nothing is cleaned up in between. In the end its weights,
 moments and log are compared with those of a run that nobody disturbed. The last line is the count.
 """
@@ -12,6 +13,7 @@ import argparse
 import json
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -60,7 +62,7 @@ def result(folder: Path, steps: int) -> tuple[dict[str, torch.Tensor], list[tupl
     return tensors, [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
-def soak(home: Path, *, kills: int, steps: int, seed: int) -> str:
+def soak(home: Path, *, kills: int, steps: int, seed: int, signum: int) -> str:
     """Does it all; returns the last line.
 
     Raises:
@@ -71,11 +73,13 @@ def soak(home: Path, *, kills: int, steps: int, seed: int) -> str:
     run(machine, command(machine, home / "quiet", steps=steps, is_async=False), kill=None)
     disturbed, started, num_kills, num_ended = home / "disturbed", time.monotonic(), 0, 0
     while num_kills < kills:
-        kill = Kill(draw.randrange(NUM_RANKS), draw.uniform(0, LONGEST_SECONDS))
+        kill = Kill(draw.randrange(NUM_RANKS), draw.uniform(0, LONGEST_SECONDS), signum)
         is_async = draw.random() < 0.5
         code = run(machine, command(machine, disturbed, steps=steps, is_async=is_async), kill=kill)
-        num_kills += code != 0
-        if not code:
+        # Ranks that were asked to stop end with 0, as those do that are done.
+        is_done = not code and (disturbed / f"checkpoint-{steps}").exists()
+        num_kills += not is_done
+        if is_done:
             # It was done before it could be killed; it has to get there again.
             num_ended += 1
             check(home, disturbed, steps)
@@ -109,7 +113,14 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", type=int, default=signal.SIGKILL)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        line = soak(Path(name), kills=options.kills, steps=options.steps, seed=options.seed)
+        line = soak(
+            Path(name),
+            kills=options.kills,
+            steps=options.steps,
+            seed=options.seed,
+            signum=options.signal,
+        )
     sys.stdout.write(line + "\n")

@@ -175,9 +175,12 @@ def test_what_changed_is_listed_and_a_finished_run_says_so(machine, started, tmp
     last = log_of(folder)[-1]
     assert last["step"] == 3
     assert last["learning_rate"] <= 1e-3
+    # Killed after the last checkpoint got its name, while an older one was deleted.
+    (folder / ".checkpoint-2.staged-deleted").mkdir()
     done = sft(machine, folder, *words, *changed)
     assert done.code == 0, done.stderr
     assert f"the run is finished: {folder}/checkpoint-3 has 3 of 3 steps" in done.stderr
+    assert not list(folder.glob(".*"))
 
 
 def test_state_that_is_missing_is_an_error_and_never_made_up(machine, started, tmp_path):

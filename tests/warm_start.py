@@ -6,9 +6,11 @@ imports are inherited (`tests/ranks.py`); they take several times as long as a t
 are really started is for the commands that `tests/machine.py` starts afresh.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -31,15 +33,17 @@ _SECONDS_TO_END = 10
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """SIGKILL for one of the ranks, some time after they were started; torchrun ends the rest.
+    """A signal for one of the ranks, some time after they were started.
 
     Attributes:
         rank: Which one.
         seconds: When.
+        signum: The signal; after SIGKILL torchrun ends the other ranks.
     """
 
     rank: int
     seconds: float
+    signum: int = signal.SIGKILL
 
 
 def run_warm(
@@ -96,7 +100,7 @@ def _run_processes(
     processes = [_FORK_SERVER.Process(target=_run, args=job) for job in jobs]
     for process in processes:
         process.start()
-    timer = kill and threading.Timer(kill.seconds, processes[kill.rank].kill)
+    timer = kill and threading.Timer(kill.seconds, _signal, (processes[kill.rank], kill.signum))
     if timer:
         timer.start()
     try:
@@ -120,6 +124,11 @@ def _run_processes(
             process.join(_SECONDS_TO_END if kill is None else 1)
             process.kill()
             process.join()
+
+
+def _signal(process: Any, signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signum)
 
 
 def _run(words: list[str], environ: dict[str, str], folder: Path) -> None:

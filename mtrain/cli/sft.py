@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from mtrain.bridge.plan import Backend
 from mtrain.checkpoint.folder import write_atomically
-from mtrain.checkpoint.run_folder import create_run_folder
+from mtrain.checkpoint.run_folder import continues_in, create_run_folder, remove_leftovers
 from mtrain.cli.batches import Batches
 from mtrain.cli.joining import join, training_dtype
 from mtrain.cli.launch import Placement
@@ -97,6 +97,10 @@ def run(config: SftConfig, here: Placement) -> int:
     total_steps = config.training.train_iters or train_data.plan.total_steps
     if point is not None and point.trainer.step >= total_steps:
         _say(world, finished_notice(point, total_steps=total_steps))
+        output_dir = Path(config.checkpoint.output_dir).expanduser()
+        if world.is_first_rank and continues_in(output_dir, point.folder):
+            # Nobody goes on in this run any more, who would do it.
+            remove_leftovers(point.folder.parent)
         return _end(0)
 
     run, trained = _build(
