@@ -23,12 +23,10 @@ class Fragment:
 
     Attributes:
         plan: Its plan, under a name of its own.
-        parameter: Name of the parameter.
         offset: Elements of the run before it.
     """
 
     plan: ParameterPlan
-    parameter: str
     offset: int
 
     @property
@@ -70,7 +68,7 @@ def cut_parameter(parameter: ParameterPlan, *, start: int, stop: int) -> list[Fr
             shape=size[: len(shape)],
             pieces=tuple(cut for piece in pieces for cut in _within(piece, rectangle)),
         )
-        fragments.append(Fragment(plan=plan, parameter=parameter.name, offset=offset))
+        fragments.append(Fragment(plan=plan, offset=offset))
         offset += prod(size)
     return fragments
 

@@ -132,8 +132,10 @@ class BlockGatherer:
             if mine.numel():
                 self._exchange([(dist.isend, mine, writer)])
             return None
-        received = [self._empty(_num_elements(theirs)) for theirs in parts]
-        received[writer] = mine
+        received = [
+            mine if member == writer else self._empty(_num_elements(theirs))
+            for member, theirs in enumerate(parts)
+        ]
         self._exchange(
             [
                 (dist.irecv, packed, member)

@@ -32,18 +32,14 @@ from mtrain.config.resume import STATE_FOLDER
 from mtrain.parallel import ParallelLayout, ParallelState
 
 __all__ = [
-    "MAIN_PARAMETERS",
     "OptimizerFormat",
     "OptimizerTensors",
     "StateOfParameter",
     "load_optimizer_state",
-    "open_main_parameters",
+    "open_saved_kind",
     "optimizer_bytes",
     "save_optimizer_state",
 ]
-
-# The kind that stands for float32 main parameters, beside the names of moments.
-MAIN_PARAMETERS = "param"
 
 # Chunk and name of a parameter, and the elements of it that a rank updates.
 _Run = tuple[int, str, int, int]
@@ -158,15 +154,14 @@ def save_optimizer_state(
     dist.all_gather_object(everyone, _runs(tensors.parameters), group=state.world.group)
 
     @functools.cache
+    def cut_of(rank: int) -> list[list[Fragment]]:
+        return _cut(everyone[rank], form=form, layout=layout, rank=rank)
+
     def plan_member(rank: int) -> Plan:
-        cut = _cut(everyone[rank], form=form, layout=layout, rank=rank)
-        return tuple(fragment.plan for fragments in cut for fragment in fragments)
+        return tuple(fragment.plan for fragments in cut_of(rank) for fragment in fragments)
 
     pending: list[PendingFiles] = []
-    for kind in tensors.kinds:
-        names = _names_everywhere(tensors, kind, form=form, state=state)
-        if not names:
-            continue
+    for kind, names in _names_of_kinds(tensors, form=form, state=state).items():
         files = plan_files(
             form.table,
             layout=layout,
@@ -179,7 +174,7 @@ def save_optimizer_state(
         finish = save_tensors(
             files,
             folder,
-            _lookup(tensors.parameters, kind, form=form, state=state),
+            _lookup(tensors.parameters, cut_of(state.rank), kind),
             plan_member=plan_member,
             state=state,
             dtype=torch.float32,
@@ -220,11 +215,8 @@ def load_optimizer_state(
     """
     runs = _runs(tensors.parameters)
     cut = _cut(runs, form=form, layout=state.layout, rank=state.rank)
-    for kind in tensors.kinds:
-        names = _names_everywhere(tensors, kind, form=form, state=state)
-        if not names:
-            continue
-        stored = open_checkpoint(folder, stem=_stem(kind))
+    for kind, names in _names_of_kinds(tensors, form=form, state=state).items():
+        stored = open_saved_kind(folder, kind)
         _check_names(folder, kind, set(stored.tensors), names)
         sized = (
             ((one, fragments), 4 * (one.stop - one.start))
@@ -236,13 +228,13 @@ def load_optimizer_state(
                 _fill(batch, kind, source)
 
 
-def open_main_parameters(folder: Path) -> StoredWeights:
-    """The main parameters that `save_optimizer_state` wrote.
+def open_saved_kind(folder: Path, kind: str) -> StoredWeights:
+    """One kind of what `save_optimizer_state` wrote, by the names of the weights.
 
     Raises:
         ValueError: There are none.
     """
-    return open_checkpoint(folder, stem=_stem(MAIN_PARAMETERS))
+    return open_checkpoint(folder, stem=_stem(kind))
 
 
 def _fill(
@@ -280,14 +272,9 @@ def _cut(
 
 
 def _lookup(
-    parameters: Sequence[StateOfParameter],
-    kind: str,
-    *,
-    form: OptimizerFormat,
-    state: ParallelState,
+    parameters: Sequence[StateOfParameter], cut: Sequence[list[Fragment]], kind: str
 ) -> TensorLookup:
-    """Finds fragments by the names in their plans."""
-    cut = _cut(_runs(parameters), form=form, layout=state.layout, rank=state.rank)
+    """Finds fragments, those of each parameter in turn, by the names in their plans."""
     found = {
         (one.chunk, fragment.plan.name): (one, fragment)
         for one, fragments in zip(parameters, cut, strict=True)
@@ -305,11 +292,25 @@ def _lookup(
     return lookup
 
 
+def _names_of_kinds(
+    tensors: OptimizerTensors, *, form: OptimizerFormat, state: ParallelState
+) -> dict[str, frozenset[str]]:
+    """Hugging Face names of what all ranks have, by kind; kinds that nobody has are left out."""
+    of_trained = _names_everywhere(tensors.trained, form=form, state=state)
+    names = {
+        kind: _names_everywhere(tensors.only[kind], form=form, state=state)
+        if kind in tensors.only
+        else of_trained
+        for kind in tensors.kinds
+    }
+    return {kind: found for kind, found in names.items() if found}
+
+
 def _names_everywhere(
-    tensors: OptimizerTensors, kind: str, *, form: OptimizerFormat, state: ParallelState
+    having: frozenset[tuple[int, str]], *, form: OptimizerFormat, state: ParallelState
 ) -> frozenset[str]:
-    """Hugging Face names of what all ranks have of a kind."""
-    layout, at, having = state.layout, state.coordinates, tensors.having(kind)
+    """Hugging Face names of the parameters that are given, on all ranks."""
+    layout, at = state.layout, state.coordinates
     # One rank speaks for those that hold copies. Not for those that hold other shards: a shard of
     # queries, keys and values may have rows of one of the three only.
     speaks_for_dense = at.dp_rank == at.cp_rank == 0

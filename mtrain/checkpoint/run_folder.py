@@ -8,7 +8,6 @@ run.
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from mtrain.checkpoint.folder import LATEST_FILE, STAGED, flush, make_folder, write_atomically
-from mtrain.config.resume import checkpoint_step
+from mtrain.config.resume import list_checkpoints, run_version
 from mtrain.parallel import World
 
 __all__ = [
@@ -25,13 +24,10 @@ __all__ = [
     "continues_in",
     "create_run_folder",
     "latest_checkpoint",
-    "list_checkpoints",
     "name_latest",
     "remove_leftovers",
     "remove_surplus",
 ]
-
-_VERSION = re.compile(r"v(\d+)-\d{8}-\d{6}")
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +98,8 @@ def _make_run_folder(output_dir: Path, *, add_version: bool, started: datetime) 
             )
         remove_leftovers(output_dir)
         return output_dir
-    matches = (_VERSION.fullmatch(path.name) for path in output_dir.iterdir())
-    version = max((int(match[1]) for match in matches if match), default=-1) + 1
+    versions = map(run_version, output_dir.iterdir())
+    version = max((number for number in versions if number is not None), default=-1) + 1
     while True:
         folder = output_dir / f"v{version}-{started:%Y%m%d-%H%M%S}"
         try:
@@ -119,8 +115,8 @@ def continues_in(output_dir: Path, resumed: Path) -> bool:
     """Whether a run that continues this checkpoint does so in the folder that holds it."""
     resumed, output_dir = resumed.resolve(), output_dir.resolve()
     run = resumed.parent
-    is_inside = run == output_dir or (run.parent == output_dir and _VERSION.fullmatch(run.name))
-    return bool(is_inside) and list_checkpoints(run)[-1:] == [resumed]
+    is_version = run.parent == output_dir and run_version(run) is not None
+    return (run == output_dir or is_version) and list_checkpoints(run)[-1:] == [resumed]
 
 
 def remove_leftovers(run: Path) -> None:
@@ -130,12 +126,6 @@ def remove_leftovers(run: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest step first."""
-    steps = {checkpoint_step(path): path for path in run.iterdir() if path.is_dir()}
-    return [path for _, path in sorted((s, path) for s, path in steps.items() if s is not None)]
 
 
 def latest_checkpoint(run: Path) -> Path | None:

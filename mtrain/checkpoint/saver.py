@@ -39,7 +39,8 @@ class SaveReport:
 
     Attributes:
         folder: The checkpoint.
-        num_bytes: Size of its files; 0 on all ranks but the first.
+        num_bytes: Size of the files that the ranks wrote; what the first one makes of them, such as
+            the file of an adapter, is not counted.
         blocked_seconds: How long training stood still.
         total_seconds: From the call to the name.
     """

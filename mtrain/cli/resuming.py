@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtrain.bridge.sources import StoredWeights
-from mtrain.checkpoint.optimizer_state import load_optimizer_state, open_main_parameters
+from mtrain.checkpoint.optimizer_state import load_optimizer_state, open_saved_kind
 from mtrain.checkpoint.trainer_state import (
     TrainerState,
     read_random_states,
@@ -24,7 +24,7 @@ from mtrain.config.resume import STATE_FOLDER, changed_flags
 from mtrain.config.saved_arguments import read_arguments
 from mtrain.data.storage import TokenizedDataset
 from mtrain.parallel import ParallelState
-from mtrain.training.optimizer_state import OptimizerProgress, restore_progress
+from mtrain.training.optimizer_state import MAIN, OptimizerProgress, restore_progress
 from mtrain.training.random_state import reseed, set_random_states
 
 __all__ = [
@@ -92,7 +92,7 @@ def merged_adapter(config: SftConfig, point: ResumePoint) -> StoredWeights | Non
     """The factors in the state of a checkpoint whose weights have them merged; or None."""
     if not config.tuner.merge_lora:
         return None
-    return open_main_parameters(point.folder / STATE_FOLDER)
+    return open_saved_kind(point.folder / STATE_FOLDER, MAIN)
 
 
 def restore(run: TrainingRun, point: ResumePoint) -> list[str]:

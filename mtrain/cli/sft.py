@@ -95,9 +95,9 @@ def run(config: SftConfig, here: Placement) -> int:
     state = start_parallel(config, world, seed=config.training.seed)
     train_data = open_batches(config, inputs, state, point=point)
     total_steps = config.training.train_iters or train_data.plan.total_steps
+    output_dir = Path(config.checkpoint.output_dir).expanduser()
     if point is not None and point.trainer.step >= total_steps:
         _say(world, finished_notice(point, total_steps=total_steps))
-        output_dir = Path(config.checkpoint.output_dir).expanduser()
         if world.is_first_rank and continues_in(output_dir, point.folder):
             # Nobody goes on in this run any more, who would do it.
             remove_leftovers(point.folder.parent)
@@ -108,7 +108,7 @@ def run(config: SftConfig, here: Placement) -> int:
     )
     notes = restore(run, point) if point else []
     folder = create_run_folder(
-        Path(config.checkpoint.output_dir).expanduser(),
+        output_dir,
         add_version=config.checkpoint.add_version,
         started=started,
         world=world,

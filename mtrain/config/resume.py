@@ -7,7 +7,7 @@ path in `checkpoint.resume_from_checkpoint`, and names it as the model or adapte
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ __all__ = [
     "checkpoint_step",
     "find_checkpoints",
     "find_runs",
+    "list_checkpoints",
     "resolve_resumed",
+    "run_version",
 ]
 
 AUTO = "auto"
@@ -50,6 +52,18 @@ def checkpoint_step(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def run_version(folder: Path) -> int | None:
+    """The number of a folder called `v<N>-<date>-<time>`; None for any other name."""
+    match = _RUN.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest step first."""
+    steps = {checkpoint_step(path): path for path in run.iterdir() if path.is_dir()}
+    return [path for _, path in sorted((s, path) for s, path in steps.items() if s is not None)]
+
+
 def find_runs(output_dir: Path) -> list[Path]:
     """The folders of all runs in a folder, the latest first, and itself at the end.
 
@@ -60,9 +74,9 @@ def find_runs(output_dir: Path) -> list[Path]:
         return []
     # Runs that started at the same moment may have the same number.
     runs = [
-        (int(match[1]), path.name, path)
+        (version, path.name, path)
         for path in output_dir.iterdir()
-        if (match := _RUN.fullmatch(path.name)) and path.is_dir()
+        if (version := run_version(path)) is not None and path.is_dir()
     ]
     return [*(path for *_, path in sorted(runs, reverse=True)), output_dir]
 
@@ -73,13 +87,7 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     Args:
         output_dir: Folder of runs, or the folder of one run.
     """
-    return [path for run in find_runs(output_dir) for path in _newest_first(run)]
-
-
-def _newest_first(run: Path) -> Iterator[Path]:
-    steps = {checkpoint_step(path): path for path in run.iterdir() if path.is_dir()}
-    numbered = {step: path for step, path in steps.items() if step is not None}
-    yield from (path for _, path in sorted(numbered.items(), reverse=True))
+    return [path for run in find_runs(output_dir) for path in reversed(list_checkpoints(run))]
 
 
 def resolve_resumed(config: SftConfig) -> SftConfig:

@@ -120,15 +120,18 @@ class BatchPlan:
 
     def consumed_units(self, step: int) -> int:
         """Units of the stream that were taken before a step; behind its end, all there are."""
-        taken = self._first_stream_unit + (step - self._first_step) * self._global_batch_size
+        taken = self._stream_unit(step)
         if self._num_epochs is None:
             return taken
         return min(taken, max(self._first_stream_unit, self._first_unit(self._num_epochs)))
 
+    def _stream_unit(self, step: int) -> int:
+        """Where in the stream a step begins, as if it did not end."""
+        return self._first_stream_unit + (step - self._first_step) * self._global_batch_size
+
     def position(self, step: int) -> Position:
         """Where the data stands before a step."""
-        taken = (step - self._first_step) * self._global_batch_size
-        stream_unit = self._first_stream_unit + taken
+        stream_unit = self._stream_unit(step)
         epoch = 0
         while self._has_epoch(epoch) and self._first_unit(epoch + 1) <= stream_unit:
             epoch += 1

@@ -15,10 +15,10 @@ import pytest
 from mtrain.bridge.safetensors_writer import OpenFile
 from mtrain.bridge.written import WrittenFile
 from mtrain.checkpoint.folder import LATEST_FILE, Contents
-from mtrain.checkpoint.run_folder import create_run_folder, latest_checkpoint, list_checkpoints
+from mtrain.checkpoint.run_folder import create_run_folder, latest_checkpoint
 from mtrain.cli.resume_search import pin_resume
 from mtrain.config import CheckpointConfig, SftConfig
-from mtrain.config.resume import checkpoint_step
+from mtrain.config.resume import checkpoint_step, list_checkpoints
 from mtrain.parallel import ParallelLayout, ParallelState
 from mtrain.verify.files import check_files
 from tests.checkpoint.disk import Change, Killed, PowerCut, WatchedDisk, read_tree, write_tree

@@ -19,7 +19,8 @@ from mtrain.checkpoint.folder import (
     publish_folder,
     write_atomically,
 )
-from mtrain.checkpoint.run_folder import latest_checkpoint, list_checkpoints
+from mtrain.checkpoint.run_folder import latest_checkpoint
+from mtrain.config.resume import list_checkpoints
 from mtrain.parallel import ParallelLayout, ParallelState
 from tests.checkpoint.disk import WatchedDisk, read_tree
 from tests.checkpoint.saving import save

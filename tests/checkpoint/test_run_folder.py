@@ -11,9 +11,9 @@ from mtrain.checkpoint.run_folder import (
     continues_in,
     create_run_folder,
     latest_checkpoint,
-    list_checkpoints,
     remove_surplus,
 )
+from mtrain.config.resume import list_checkpoints
 from mtrain.parallel import ParallelLayout, ParallelState
 from tests.checkpoint.saving import save, tiny_contents
 from tests.ranks import run_ranks

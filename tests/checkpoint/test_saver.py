@@ -21,12 +21,13 @@ from mtrain.bridge.written import WrittenFile
 from mtrain.checkpoint import saver as saver_module
 from mtrain.checkpoint.folder import Contents, SaveError
 from mtrain.checkpoint.optimizer_state import OptimizerFormat, OptimizerTensors
-from mtrain.checkpoint.run_folder import Retention, latest_checkpoint, list_checkpoints
+from mtrain.checkpoint.run_folder import Retention, latest_checkpoint
 from mtrain.checkpoint.saver import Saver, SaveReport
 from mtrain.checkpoint.trainer_state import state_contents
 from mtrain.checkpoint.weights import WeightsFormat, weights_contents
 from mtrain.cli import saving
 from mtrain.config import CheckpointConfig, SftConfig
+from mtrain.config.resume import list_checkpoints
 from mtrain.parallel import ParallelLayout, ParallelState, World
 from mtrain.verify.files import check_files
 from tests.bridge.standin import make_chunks
