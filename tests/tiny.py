@@ -30,6 +30,30 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.8,
+    "original_max_position_embeddings": 32,
+}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
 TINY: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama3_tied": {
@@ -52,6 +76,103 @@ TINY: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
+    "mixtral": {
+        "model_type": "mixtral",
+        "head_dim": 32,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 80,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "deepseek_v3": {**_LATENT, "model_type": "deepseek_v3"},
+    "deepseek_v3_groups": {
+        **_LATENT,
+        "model_type": "deepseek_v3",
+        "q_lora_rank": None,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "rope_parameters": _YARN,
+    },
+    "deepseek_v2": {
+        **_LATENT,
+        "model_type": "deepseek_v2",
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "group_limited_greedy",
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 4.0,
+    },
+    "glm4": {"model_type": "glm4", "head_dim": 32, "attention_bias": True, "pad_token_id": 0},
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 48,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 1.5,
+    },
+    "gpt_oss_moe": {
+        "model_type": "gpt_oss",
+        "head_dim": 32,
+        "sliding_window": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "qwen3_next_moe": {
+        "model_type": "qwen3_next",
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 80,
+        "norm_topk_prob": True,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 8,
+        "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding")],
+        "tie_word_embeddings": True,
+    },
+    "phi3": {"model_type": "phi3", "pad_token_id": 0},
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 64,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 256,
+        "tie_word_embeddings": True,
+    },
     "qwen3_moe_mixed": {
         "model_type": "qwen3_moe",
         "head_dim": 32,
@@ -63,7 +184,9 @@ TINY: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [1],
     },
 }
-DENSE = tuple(name for name in TINY if "moe" not in name)
+# Names with experts; a family may have experts whatever its name says.
+MOE = tuple(name for name in TINY if any("experts" in key for key in TINY[name]))
+DENSE = tuple(name for name in TINY if name not in MOE)
 
 
 def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
@@ -84,8 +207,8 @@ def make_checkpoint(
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+        for name_of, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.dim() == 1 and "inv_freq" not in name_of and tensor.is_floating_point():
+                tensor.add_(torch.randn_like(tensor) * 0.2)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder

@@ -67,13 +67,17 @@ class TensorHome:
     ep_rank: int | None
 
 
-def weight_table(hf_config: Mapping[str, Any]) -> WeightTable:
+def weight_table(hf_config: Mapping[str, Any], num_next_tokens: int = 0) -> WeightTable:
     """The weight table of a model from its config.json.
+
+    Args:
+        hf_config: The config.
+        num_next_tokens: Layers of multi-token prediction that the model is built with.
 
     Raises:
         ValueError: No family supports it, or it asks for something that is not built.
     """
-    return find_family(hf_config).weight_table(hf_config)
+    return find_family(hf_config).weight_table(hf_config, num_next_tokens)
 
 
 def hf_tensors(table: WeightTable) -> dict[str, Shape]:
@@ -104,8 +108,8 @@ def locate_tensors(table: WeightTable, *, layout: ParallelLayout) -> Iterator[Te
                     rule, layer=layer, pp_rank=stage_of[layer], ep_size=layout.ep_size
                 )
     for rule in rules:
-        if rule.place == "last":
-            yield from _homes(rule, layer=None, pp_rank=layout.pp_size - 1, ep_size=1)
+        if rule.place in ("last", "mtp"):
+            yield from _homes(rule, layer=None, pp_rank=layout.pp_size - 1, ep_size=layout.ep_size)
 
 
 def plan_rank(table: WeightTable, *, layout: ParallelLayout, rank: int, backend: Backend) -> Plan:
@@ -134,7 +138,9 @@ def plan_rank(table: WeightTable, *, layout: ParallelLayout, rank: int, backend:
                 if layer in shard.rule.layers
             ]
         if at.pp_rank == layout.pp_size - 1 and chunk == len(chunks) - 1:
-            parameters += [s.plan(chunk, backend) for s in shards if s.rule.place == "last"]
+            parameters += [
+                s.plan(chunk, backend) for s in shards if s.rule.place in ("last", "mtp")
+            ]
     if layout.pp_size == 1:
         # On one stage Megatron-Core shares the parameter instead of keeping a second one.
         parameters = [parameter for parameter in parameters if not parameter.is_duplicate]
@@ -214,14 +220,25 @@ def _split(
     copies = []
     for part in parts:
         others = whole(rule.hf[part.source].shape)
-        copies.append(
-            (
-                part.source,
-                (*others[:axis], part.hf, *others[axis + 1 :]),
-                (*others[:axis], part.local, *others[axis + 1 :]),
+        for there, here in _columns(rule, others):
+            copies.append(
+                (
+                    part.source,
+                    (*there[:axis], part.hf, *there[axis + 1 :]),
+                    (*here[:axis], part.local, *here[axis + 1 :]),
+                )
             )
-        )
     return shape, tuple(copies)
+
+
+def _columns(rule: Rule, others: Box) -> list[tuple[Box, Box]]:
+    """(there, here) of each part of the columns; of all at once where they keep their order."""
+    if rule.columns is None:
+        return [(others, others)]
+    assert rule.split != "columns", f"{rule.megatron}: columns that are split and ordered"
+    rows, columns = others
+    _, parts = rule.columns.shard((columns.length,), num_shards=1, index=0)
+    return [((rows, part.hf), (rows, part.local)) for part in parts]
 
 
 def _local_experts(rule: Rule, *, ep_size: int, ep_rank: int) -> range | None:

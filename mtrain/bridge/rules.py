@@ -17,10 +17,18 @@ from mtrain.bridge.spans import Span, clip
 
 @dataclass(frozen=True, slots=True)
 class HFTensor:
-    """A Hugging Face tensor: its name, with `{layer}` and `{expert}` open, and its shape."""
+    """A Hugging Face tensor.
+
+    Attributes:
+        name: Its name, with `{layer}` and `{expert}` open.
+        shape: Its shape.
+        dtype: The precision that it always has, in the words of the safetensors format; None for
+            that of the model.
+    """
 
     name: str
     shape: tuple[int, ...]
+    dtype: Literal["F32"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +133,54 @@ class Padded:
 
 
 @dataclass(frozen=True, slots=True)
+class Regrouped:
+    """Another layout, of parts of the sources instead of whole ones.
+
+    For tensors that Hugging Face fuses in another order than Megatron: `[q; k; v]` in one tensor,
+    or a query and a gate for each head.
+
+    Attributes:
+        layout: Arranges the parts as if each were a source.
+        parts: Index of the source and its rows, for each part.
+    """
+
+    layout: Layout
+    parts: tuple[tuple[int, Span], ...]
+
+    def shard(
+        self, num_rows: tuple[int, ...], *, num_shards: int, index: int
+    ) -> tuple[int, tuple[Rows, ...]]:
+        """See `Layout.shard`."""
+        assert sum(span.length for _, span in self.parts) == sum(num_rows), "rows left over"
+        lengths = tuple(span.length for _, span in self.parts)
+        size, rows = self.layout.shard(lengths, num_shards=num_shards, index=index)
+        regrouped: list[Rows] = []
+        for row in rows:
+            source, span = self.parts[row.source]
+            regrouped += [
+                Rows(source, theirs, ours) for theirs, ours in _within_part(span, row.hf, row.local)
+            ]
+        return size, tuple(regrouped)
+
+
+def _within_part(part: Span, hf: Span, local: Span) -> list[tuple[Span, Span]]:
+    """Rows `hf` of a part, as rows of its source, beside where they go."""
+    if part.count == 1:
+        return [(hf.shifted(part.start), local)]
+    pairs = []
+    # A span inside of a repeating one would repeat twice, so it is taken apart.
+    for there, here in zip(hf.runs, local.runs, strict=True):
+        start = there.start
+        while start < there.start + there.size:
+            run, offset = divmod(start, part.size)
+            size = min(part.size - offset, there.start + there.size - start)
+            first = part.start + run * part.step + offset
+            pairs.append((Span(first, size), Span(here.start + start - there.start, size)))
+            start += size
+    return pairs
+
+
+@dataclass(frozen=True, slots=True)
 class Spaced:
     """Every source begins a fixed number of rows after the one before; the gaps are padding.
 
@@ -206,9 +262,10 @@ class Rule:
         plain: Name where it differs in a model of plain layers (norms that are not fused).
         hf: The source tensors, in the order that the layout expects.
         layout: Order of their rows in a shard; of the columns of the one source if those are split.
+        columns: Order of their columns, where that differs; never split.
         split: Axis that tensor parallelism splits; None where every rank holds all of it. Experts
             are split over the expert tensor parallel group, all else over the tensor parallel one.
-        place: Pipeline stages that hold it.
+        place: Pipeline stages that hold it; "mtp" is the last one, for multi-token prediction.
         layers: Layers that have it (counted over the whole model); for `place` "layers" only.
         num_experts: Experts that the parameter stacks on its leading axis, each from its own
             Hugging Face tensors; None where there are none.
@@ -220,8 +277,9 @@ class Rule:
     hf: tuple[HFTensor, ...]
     plain: str | None = None
     layout: Layout = Concatenated()
+    columns: Layout | None = None
     split: Literal["rows", "columns"] | None = None
-    place: Literal["first", "layers", "last"] = "layers"
+    place: Literal["first", "layers", "last", "mtp"] = "layers"
     layers: tuple[int, ...] = ()
     num_experts: int | None = None
     is_duplicate: bool = False
@@ -240,11 +298,13 @@ class IgnoredKey:
         pattern: Regular expression for the full name.
         reason: Why nothing is lost, for the user.
         copy_of: Tensor that must have the same values; None where the values do not matter.
+        is_carried: Whether a save takes it over from the checkpoint that was loaded.
     """
 
     pattern: str
     reason: str
     copy_of: str | None = None
+    is_carried: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,8 @@ our norm and attention, and needs no extra package. Both share our experts. Weig
 one thing only: `te` keeps the norm before a column-parallel linear inside it.
 """
 
+from functools import partial
+
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
@@ -12,21 +14,35 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import (
+    MLATransformerConfig,
+    TransformerConfig,
+)
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
 
+from mtrain.bridge.family import LayerArguments
 from mtrain.model.attention import PackedAttention, RotarySelfAttention
+from mtrain.model.delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from mtrain.model.experts import GroupedExperts
-from mtrain.model.norm import RMSNorm
+from mtrain.model.latent_attention import LatentSelfAttention
+from mtrain.model.next_tokens import NextTokenLayer
+from mtrain.model.norm import LayerNorm, RMSNorm
+from mtrain.model.residual import NormedResidual
 from mtrain.model.router import BalancedRouter
 from mtrain.platform.device import has_gpu, has_transformer_engine
 
@@ -35,11 +51,10 @@ class TorchProvider(LocalSpecProvider):
     """Megatron-Core's linears, our norm, attention and experts."""
 
     packed_format = "sbhd"
-    self_attention = RotarySelfAttention
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+    def layer_norm(self, rms_norm: bool = True, for_qk: bool = False) -> type:
         """Norm of layers, of queries and keys, and of the end."""
-        return RMSNorm
+        return RMSNorm if rms_norm or for_qk else LayerNorm
 
     def core_attention(self) -> type:
         """Attention between queries, keys and values."""
@@ -56,15 +71,14 @@ class TransformerEngineProvider(TESpecProvider):
     """Transformer Engine's layers with our experts."""
 
     packed_format = "thd"
-    self_attention = SelfAttention
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+    def layer_norm(self, rms_norm: bool = True, for_qk: bool = False) -> type:
         """Norms outside of linears.
 
         Not Transformer Engine's, which takes four times as long to launch (0.55 against 0.14 ms
         forward and backward): with two a layer for queries and keys, small models wait for that.
         """
-        return RMSNorm
+        return RMSNorm if rms_norm or for_qk else LayerNorm
 
     def grouped_mlp_modules(
         self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
@@ -105,17 +119,67 @@ def spec_provider(backend: str) -> Provider:
 
 
 def block_spec(
-    config: TransformerConfig, provider: Provider, *, vp_stage: int | None
+    config: TransformerConfig,
+    provider: Provider,
+    *,
+    layers: LayerArguments,
+    has_fused_rope: bool,
+    vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
-    """Specs of the layers of one pipeline chunk, dense or mixture-of-experts each, and its norm."""
+    """Specs of the layers of one pipeline chunk, dense or mixture-of-experts each, and its norm.
+
+    Args:
+        config: Model shape.
+        provider: Modules of the backend.
+        layers: What else the layers are made of.
+        has_fused_rope: See `layer_spec`.
+        vp_stage: Virtual pipeline stage, if there are any.
+    """
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     is_moe = _moe_layers(config)
-    layers = [
-        layer_spec(config, provider, is_moe=is_moe[number])
+    specs = [
+        layer_spec(
+            config,
+            provider,
+            layers=layers,
+            is_moe=is_moe[number],
+            is_delta_net=number in layers.delta_net_layers,
+            has_fused_rope=has_fused_rope,
+        )
         for number in range(first, first + num_layers)
     ]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=provider.layer_norm())
+    return TransformerBlockSubmodules(
+        layer_specs=specs, layer_norm=provider.layer_norm(config.normalization == "RMSNorm")
+    )
+
+
+def next_tokens_spec(
+    config: TransformerConfig, provider: Provider, *, layers: LayerArguments, has_fused_rope: bool
+) -> ModuleSpec:
+    """Spec of the layers of multi-token prediction; arguments as for `block_spec`."""
+    norm = provider.layer_norm(config.normalization == "RMSNorm")
+    layer = ModuleSpec(
+        module=NextTokenLayer,
+        submodules=MultiTokenPredictionLayerSubmodules(
+            enorm=norm,
+            hnorm=norm,
+            eh_proj=provider.column_parallel_linear(),
+            transformer_layer=layer_spec(
+                config,
+                provider,
+                layers=layers,
+                is_moe=_moe_layers(config)[-1],
+                is_delta_net=False,
+                has_fused_rope=has_fused_rope,
+            ),
+            layer_norm=norm,
+        ),
+    )
+    return ModuleSpec(
+        module=MultiTokenPredictionBlock,
+        submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * config.mtp_num_layers),
+    )
 
 
 def _moe_layers(config: TransformerConfig) -> list[bool]:
@@ -128,42 +192,118 @@ def _moe_layers(config: TransformerConfig) -> list[bool]:
     return [bool(entry) for entry in frequency]
 
 
-def layer_spec(config: TransformerConfig, provider: Provider, *, is_moe: bool) -> ModuleSpec:
-    """Spec of one decoder layer with grouped-query attention."""
+def layer_spec(
+    config: TransformerConfig,
+    provider: Provider,
+    *,
+    layers: LayerArguments,
+    is_moe: bool,
+    is_delta_net: bool,
+    has_fused_rope: bool,
+) -> ModuleSpec:
+    """Spec of one decoder layer.
+
+    Args:
+        config: Model shape.
+        provider: Modules of the backend.
+        layers: What else the layers are made of.
+        is_moe: Whether it has experts.
+        is_delta_net: Whether it has a gated delta net in place of attention.
+        has_fused_rope: Whether attention takes angles of all positions and a kernel of the backend
+            rotates; else cosines and sines of every token.
+    """
     fuses_norm = provider.fuse_layernorm_and_linear()
-    norm = provider.layer_norm()
-    qk_norm = provider.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
-    linear_qkv = (
-        provider.column_parallel_layer_norm_linear()
-        if fuses_norm
-        else provider.column_parallel_linear()
+    norm = provider.layer_norm(config.normalization == "RMSNorm")
+    if is_delta_net:
+        attention = _delta_net(provider)
+    elif config.multi_latent_attention:
+        attention = _latent_attention(config, provider, is_interleaved=layers.is_rope_interleaved)
+    else:
+        attention = _attention(config, provider, has_fused_rope=has_fused_rope)
+    add = get_bias_dropout_add
+    if layers.has_sublayer_norms:
+        add = ModuleSpec(module=NormedResidual, params={"config": config})
+    has_own_norm = not fuses_norm or (config.multi_latent_attention and not is_delta_net)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm if has_own_norm else IdentityOp,
+            self_attention=attention,
+            self_attn_bda=add,
+            pre_mlp_layernorm=norm if is_moe or not fuses_norm else IdentityOp,
+            mlp=_mlp(config, provider, layers=layers, is_moe=is_moe),
+            mlp_bda=add,
+        ),
     )
-    attention = ModuleSpec(
-        module=provider.self_attention,
+
+
+def _attention(
+    config: TransformerConfig, provider: Provider, *, has_fused_rope: bool
+) -> ModuleSpec:
+    """Grouped-query attention."""
+    qk_norm = provider.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=SelfAttention if has_fused_rope else RotarySelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=linear_qkv,
+            linear_qkv=_column_linear_with_norm(provider),
             core_attention=provider.core_attention(),
             linear_proj=provider.row_parallel_linear(),
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
         ),
     )
+
+
+def _latent_attention(
+    config: MLATransformerConfig, provider: Provider, *, is_interleaved: bool
+) -> ModuleSpec:
+    """Multi-head latent attention. The norms of compressed queries and keys may be fused too."""
+    up = _column_linear_with_norm(provider)
+    norm = IdentityOp if provider.fuse_layernorm_and_linear() else provider.layer_norm()
+    return ModuleSpec(
+        module=LatentSelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal, "is_interleaved": is_interleaved},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=provider.column_parallel_linear(),
+            linear_q_up_proj=up,
+            linear_kv_up_proj=up,
+            core_attention=partial(
+                provider.core_attention(),
+                k_channels=config.qk_head_dim + config.qk_pos_emb_head_dim,
+                v_channels=config.v_head_dim,
+            ),
+            linear_proj=provider.row_parallel_linear(),
+            q_layernorm=norm,
+            kv_layernorm=norm,
+        ),
+    )
+
+
+def _delta_net(provider: Provider) -> ModuleSpec:
+    return ModuleSpec(
+        module=GatedDeltaNet,
+        submodules=GatedDeltaNetSubmodules(
+            in_proj=_column_linear_with_norm(provider), out_proj=provider.row_parallel_linear()
+        ),
+    )
+
+
+def _column_linear_with_norm(provider: Provider) -> type:
+    """The linear before which a norm stands, with the norm in it where the backend can."""
+    if provider.fuse_layernorm_and_linear():
+        return provider.column_parallel_layer_norm_linear()
+    return provider.column_parallel_linear()
+
+
+def _mlp(
+    config: TransformerConfig, provider: Provider, *, layers: LayerArguments, is_moe: bool
+) -> ModuleSpec:
     mlp = get_mlp_module_spec_for_backend(
         provider,
         num_experts=config.num_moe_experts if is_moe else None,
         moe_grouped_gemm=True,
     )
     if is_moe:
-        mlp.submodules.router = BalancedRouter
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp if fuses_norm else norm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm if is_moe or not fuses_norm else IdentityOp,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
+        mlp.submodules.router = partial(BalancedRouter, group_scores=layers.group_scores)
+    return mlp

@@ -7,7 +7,6 @@ or refuses the checkpoint.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.pipeline_parallel.utils import is_vp_first_stage, is_vp_last_stage
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -16,13 +15,16 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.enums import AttnBackend
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import (
+    MLATransformerConfig,
+    TransformerConfig,
+)
 
-from mtrain.bridge.family import MegatronConfig
+from mtrain.bridge.family import LongRope, MegatronConfig, YarnRope
 from mtrain.config import ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
-from mtrain.model.backends import block_spec, spec_provider
+from mtrain.model.activation import activation_function
+from mtrain.model.backends import block_spec, next_tokens_spec, spec_provider
 from mtrain.model.gpt import LanguageModel
-from mtrain.model.rope import llama3_frequencies
 from mtrain.parallel import ParallelLayout, ParallelState
 from mtrain.platform.device import has_gpu, has_transformer_engine
 
@@ -53,10 +55,10 @@ def transformer_config(
     Raises:
         ValueError: Megatron-Core refuses the combination.
     """
-    fields = described.transformer | {"activation_func": getattr(F, described.activation)}
+    fields = described.transformer | {"activation_func": activation_function(described.activation)}
     fields |= _precision(dtype)
     fields |= _parallelism(layout, parallel)
-    fields |= _kernels(model, backend)
+    fields |= _kernels(described, model, backend)
     fields |= _recomputation(training)
     if fields.get("num_moe_experts"):
         fields |= _routing(moe, layout)
@@ -64,7 +66,8 @@ def transformer_config(
     if fields["hidden_dropout"] or fields["attention_dropout"]:
         raise ValueError("--megatron_extra_kwargs: dropout is not built; leave it out")
     try:
-        return TransformerConfig(**fields)
+        is_latent = fields.get("multi_latent_attention")
+        return (MLATransformerConfig if is_latent else TransformerConfig)(**fields)
     except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"Megatron-Core refuses this configuration: {error}") from error
 
@@ -106,15 +109,21 @@ def _parallelism(layout: ParallelLayout, parallel: ParallelConfig) -> dict[str, 
     }
 
 
-def _kernels(model: ModelConfig, backend: str) -> dict[str, Any]:
+def _kernels(described: MegatronConfig, model: ModelConfig, backend: str) -> dict[str, Any]:
+    rope = described.gpt.rope
     return {
         "attention_backend": AttnBackend[model.attention_backend],
-        "bias_activation_fusion": model.bias_activation_fusion,
+        # The only activation that every MLP of Megatron-Core fuses.
+        "bias_activation_fusion": model.bias_activation_fusion and described.activation == "silu",
+        # Latent attention of ours has its own argument; Megatron-Core's refuses it.
+        "rotary_interleaved": rope is not None
+        and rope.is_interleaved
+        and not described.transformer.get("multi_latent_attention"),
         # Without biases and dropout one addition is left, which costs less to launch unfused.
         "bias_dropout_fusion": False,
         # Transformer Engine's kernel takes packed sequences in one launch; without it Megatron-Core
         # cuts the sequence into documents on the host, in every layer.
-        "apply_rope_fusion": backend == "te",
+        "apply_rope_fusion": has_fused_rope(described, backend),
         "cuda_graph_scope": [],
         # Megatron-Core's own linears need apex for it; `fuse_weight_gradients` turns it on where
         # Transformer Engine brings the kernel.
@@ -182,36 +191,42 @@ def build_model(
     Returns:
         Chunks on the device with uninitialised weights.
     """
-    arguments = described.gpt
     provider = spec_provider(backend)
     layout, pp_rank = state.layout, state.coordinates.pp_rank
+    layers = {"layers": described.layers, "has_fused_rope": has_fused_rope(described, backend)}
     chunks = []
     for chunk in range(layout.num_chunks):
         vp_stage = None if layout.vpp_size is None else chunk
         is_first = pp_rank == 0 and is_vp_first_stage(chunk, layout.vpp_size)
         is_last = state.is_last_stage and is_vp_last_stage(chunk, layout.vpp_size)
+        next_tokens = None
+        if is_last and config.mtp_num_layers:
+            next_tokens = next_tokens_spec(config, provider, **layers)
         model = LanguageModel(
-            num_words=arguments.vocab_size,
+            arguments=described.gpt,
             packed_format=provider.packed_format,
+            has_fused_rope=layers["has_fused_rope"],
+            device=state.device,
             config=config,
-            transformer_layer_spec=block_spec(config, provider, vp_stage=vp_stage),
-            vocab_size=_padded(arguments.vocab_size, layout.tp_size),
-            max_sequence_length=arguments.max_position_embeddings,
+            transformer_layer_spec=block_spec(config, provider, vp_stage=vp_stage, **layers),
+            mtp_block_spec=next_tokens,
+            vocab_size=_padded(described.gpt.vocab_size, layout.tp_size),
             pre_process=is_first,
             post_process=is_last,
-            share_embeddings_and_output_weights=arguments.is_tied,
-            position_embedding_type="rope",
-            rotary_base=arguments.rotary_base,
             vp_stage=vp_stage,
         )
-        if arguments.rope_scaling is not None:
-            frequencies = llama3_frequencies(
-                arguments.rope_scaling, base=arguments.rotary_base, head_dim=config.kv_channels
-            )
-            model.rotary_pos_emb.inv_freq = frequencies.to(state.device)
         _mark_split_parameters(model)
         chunks.append(model)
     return chunks
+
+
+def has_fused_rope(described: MegatronConfig, backend: str) -> bool:
+    """Whether the backend's kernel can rotate: one plain rope, of leading dimensions of a head."""
+    rope = described.gpt.rope
+    if backend != "te" or rope is None or described.gpt.window_rope is not None:
+        return False
+    is_plain = not rope.is_interleaved and not isinstance(rope.scaling, YarnRope | LongRope)
+    return is_plain and not described.transformer.get("multi_latent_attention", False)
 
 
 def _mark_split_parameters(model: LanguageModel) -> None:

@@ -11,24 +11,55 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
-from mtrain.model.attention import rotary_cosines_and_sines
+from mtrain.bridge.family import GPTArguments
 from mtrain.model.loss import vocab_parallel_loss
+from mtrain.model.next_tokens import next_labels, note_loss
+from mtrain.model.rope import RotaryEmbedding, rotary_frequencies
 
 
 class LanguageModel(GPTModel):
     """One pipeline chunk of a decoder-only language model.
 
     Args:
-        num_words: Vocabulary without padding.
+        arguments: What the checkpoint decides.
         packed_format: "thd" where attention kernels take packed sequences as `[tokens, heads,
             head_dim]` (Transformer Engine), "sbhd" where they keep `[seq, 1, heads, head_dim]`.
-        **gpt_arguments: Arguments of Megatron-Core's `GPTModel`.
+        has_fused_rope: Whether layers rotate with a kernel of the backend; else they get cosines
+            and sines of every token.
+        device: Where the model is.
+        **gpt_arguments: Other arguments of Megatron-Core's `GPTModel`.
     """
 
-    def __init__(self, *, num_words: int, packed_format: str, **gpt_arguments: Any) -> None:
-        super().__init__(**gpt_arguments)
-        self.num_words = num_words
+    def __init__(
+        self,
+        *,
+        arguments: GPTArguments,
+        packed_format: str,
+        has_fused_rope: bool,
+        device: torch.device,
+        **gpt_arguments: Any,
+    ) -> None:
+        rope = arguments.rope
+        positions = "rope" if has_fused_rope else "none"
+        super().__init__(
+            max_sequence_length=arguments.max_position_embeddings,
+            share_embeddings_and_output_weights=arguments.is_tied,
+            position_embedding_type=positions if rope else "learned_absolute",
+            rotary_base=rope.base if rope else 0,
+            rotary_percent=rope.dim / gpt_arguments["config"].kv_channels if rope else 1.0,
+            **gpt_arguments,
+        )
+        self.num_words = arguments.vocab_size
         self.packed_format = packed_format
+        self.embedding_scale = arguments.embedding_scale
+        self.rotary = self.window_rotary = None
+        if rope is not None and has_fused_rope:
+            frequencies, _ = rotary_frequencies(rope)
+            self.rotary_pos_emb.inv_freq = frequencies.to(device)
+        elif rope is not None:
+            self.rotary = RotaryEmbedding(rope, device)
+            if arguments.window_rope is not None:
+                self.window_rotary = RotaryEmbedding(arguments.window_rope, device)
 
     def forward(
         self,
@@ -60,6 +91,7 @@ class LanguageModel(GPTModel):
         """
         packed = None
         if cu_seqlens is not None:
+            self._longest_document = max_seqlen
             longest = _power_of_two_above(max_seqlen)
             packed = PackedSeqParams(
                 qkv_format=self.packed_format,
@@ -86,8 +118,8 @@ class LanguageModel(GPTModel):
         packed_seq_params: PackedSeqParams | None = None,
         padding_mask: torch.Tensor | None = None,
     ) -> tuple[Any, ...]:
-        """Embeddings and rotary angles; "sbhd" layers take cosines and sines of each token."""
-        hidden, rotary, cos, sin, offset, padding_mask_part = super()._preprocess(
+        """Embeddings and rotary angles, or cosines and sines of every token."""
+        hidden, angles, cos, sin, offset, padding_mask_part = super()._preprocess(
             input_ids,
             position_ids,
             decoder_input=decoder_input,
@@ -95,14 +127,27 @@ class LanguageModel(GPTModel):
             packed_seq_params=packed_seq_params,
             padding_mask=padding_mask,
         )
-        if self.packed_format == "sbhd":
-            positions = slice(None) if packed_seq_params is None else position_ids.squeeze(0)
-            rotary = rotary_cosines_and_sines(rotary, positions)
+        if self.embedding_scale is not None and self.pre_process:
+            hidden = hidden * torch.tensor(self.embedding_scale, dtype=hidden.dtype).item()
+        if self.rotary is not None:
+            angles = self._cosines_and_sines(position_ids, packed_seq_params)
         if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
             # Megatron-Core cuts the mask on the first stage only; every stage routes.
             cut = scatter_to_sequence_parallel_region(padding_mask.t().contiguous())
             padding_mask_part = cut.t().contiguous()
-        return hidden, rotary, cos, sin, offset, padding_mask_part
+        return hidden, angles, cos, sin, offset, padding_mask_part
+
+    def _cosines_and_sines(
+        self, position_ids: torch.Tensor, packed_seq_params: PackedSeqParams | None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Of every token; of layers without and with a window, if they differ."""
+        positions, longest = slice(None), position_ids.shape[1]
+        if packed_seq_params is not None:
+            positions, longest = position_ids.squeeze(0), self._longest_document
+        full = self.rotary(positions, longest=longest)
+        if self.window_rotary is None:
+            return full
+        return full, self.window_rotary(positions, longest=longest)
 
     def _postprocess(
         self,
@@ -115,9 +160,24 @@ class LanguageModel(GPTModel):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Megatron-Core's, but with labels the loss is ours and comes with the accuracy."""
         if labels is None or not self.post_process:
-            return super()._postprocess(
+            kwargs["mtp_in_postprocess"] = False
+            num_next, self.config.mtp_num_layers = self.config.mtp_num_layers, None
+            output = super()._postprocess(
                 hidden_states, input_ids, position_ids, None, *args, **kwargs
             )
+            self.config.mtp_num_layers = num_next
+            return output
+        losses, correct = self._losses(hidden_states, labels)
+        if self.mtp_process:
+            losses = losses + self._next_token_losses(
+                hidden_states, input_ids, position_ids, labels, *args, **kwargs
+            )
+        return losses, correct
+
+    def _losses(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses float32 [batch, seq] of hidden states behind the last norm, and accuracy."""
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
@@ -125,6 +185,39 @@ class LanguageModel(GPTModel):
         return vocab_parallel_loss(
             logits, labels, vocab_size=self.num_words, tp_group=self.pg_collection.tp
         )
+
+    def _next_token_losses(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor,
+        rotary_pos_emb: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        attention_mask: None = None,
+        **_unused: Any,
+    ) -> torch.Tensor:
+        """Zeros whose gradient is that of the weighted losses of multi-token prediction.
+
+        So the loss that is reported stays the one of the next token.
+        """
+        hidden_of_layers = self.mtp(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
+            embedding=self.embedding,
+        ).chunk(1 + self.config.mtp_num_layers)
+        total = torch.zeros((), device=hidden_states.device)
+        for layer, hidden in enumerate(hidden_of_layers[1:]):
+            labels = next_labels(labels, position_ids)
+            losses, _ = self._losses(hidden, labels)
+            note_loss(losses, labels, layer=layer, num_layers=self.config.mtp_num_layers)
+            total = total + losses
+        weighted = total * (self.config.mtp_loss_scaling_factor / self.config.mtp_num_layers)
+        return weighted - weighted.detach()
 
 
 def _power_of_two_above(length: int) -> int:

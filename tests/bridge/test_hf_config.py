@@ -1,14 +1,16 @@
+import math
+
 import pytest
 
-from mtrain.bridge.family import Llama3Rope
+from mtrain.bridge.family import Llama3Rope, Rope
 from mtrain.bridge.hf_config import (
     boolean,
     number,
     positive_int,
     refuse,
-    refuse_sliding_window,
-    rope_scaling,
+    rope,
     rotary_base,
+    sliding_window,
 )
 
 LLAMA3 = {
@@ -69,7 +71,7 @@ def test_refuse_says_why():
 )
 def test_both_spellings_of_the_rotary_scaling_are_read(config):
     assert rotary_base(config) == 5e5
-    assert rope_scaling(config) == Llama3Rope(**LLAMA3)
+    assert rope(config, head_dim=64) == Rope(base=5e5, dim=64, scaling=Llama3Rope(**LLAMA3))
 
 
 @pytest.mark.parametrize(
@@ -82,16 +84,45 @@ def test_both_spellings_of_the_rotary_scaling_are_read(config):
     ],
 )
 def test_no_scaling(config, base):
-    assert rotary_base(config) == base
-    assert rope_scaling(config) is None
+    assert rope(config, head_dim=64) == Rope(base=base, dim=64)
+
+
+def test_part_of_a_head_turns_where_the_family_has_that():
+    config = {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75}}
+    assert rope(config, head_dim=64, partial=0.5).dim == 48
+    assert rope({}, head_dim=64, partial=0.5).dim == 32
+    assert rope({"partial_rotary_factor": 0.25}, head_dim=64, partial=0.5).dim == 16
+
+
+def test_yarn_infers_its_attention_factor_as_transformers_does():
+    yarn = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
+    config = {"max_position_embeddings": 163840, "rope_scaling": yarn}
+    assert rope(config, head_dim=64).scaling.attention_factor == 0.1 * math.log(40) + 1
+    both = {**yarn, "mscale": 0.707, "mscale_all_dim": 0.707}
+    assert rope({**config, "rope_scaling": both}, head_dim=64).scaling.attention_factor == 1.0
+    given = {**yarn, "attention_factor": 1.5, "truncate": False, "beta_fast": None}
+    scaling = rope({**config, "rope_scaling": given}, head_dim=64).scaling
+    assert (scaling.attention_factor, scaling.rounds, scaling.beta_fast) == (1.5, False, 32.0)
+
+
+def test_longrope_counts_from_the_length_beside_its_settings():
+    config = {
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {"type": "longrope", "short_factor": [1, 2.0], "long_factor": [3, 4]},
+    }
+    scaling = rope(config, head_dim=4, kinds=("longrope",)).scaling
+    assert scaling.original_max_position_embeddings == 4096
+    assert scaling.attention_factor == math.sqrt(1 + math.log(32) / math.log(4096))
+    assert scaling.long_factor == (3.0, 4.0)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not built; supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not built"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "no 'low_freq_factor'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic' is not built; supp"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope' is not built"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "no 'original_max|no 'low_freq"),
         ({"rope_scaling": "llama3"}, "'rope_scaling' must be an object"),
         ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor'"),
         ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "'partial_rot"),
@@ -100,18 +131,30 @@ def test_no_scaling(config, base):
 )
 def test_other_rotary_embeddings_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
-        rope_scaling(config)
+        rope(config, head_dim=64)
 
 
-def test_a_window_passes_if_no_sequence_is_longer():
-    config = {"max_position_embeddings": 4096, "layer_types": ["full_attention"]}
-    refuse_sliding_window(config, window=None)
-    refuse_sliding_window(config, window=4096)
-    with pytest.raises(ValueError, match="'sliding_window' is 4095: attention over a sliding"):
-        refuse_sliding_window(config, window=4095)
-    with pytest.raises(ValueError, match="'sliding_window' is '4096'"):
-        refuse_sliding_window(config, window="4096")
-    with pytest.raises(ValueError, match=r"'layer_types' has .*'sliding_attention'"):
-        refuse_sliding_window(
-            {**config, "layer_types": ["full_attention", "sliding_attention"]}, window=None
-        )
+def test_a_window_counts_if_a_sequence_may_be_longer():
+    config = {"max_position_embeddings": 4096, "num_hidden_layers": 2}
+    assert sliding_window(config, window=None) == {}
+    assert sliding_window(config, window=4096) == {}
+    assert sliding_window(config, window=4095) == {"window": 4095, "windowed_layers": (0, 1)}
+    assert sliding_window(config, window=64, windowed=[1])["windowed_layers"] == (1,)
+    kept = sliding_window(config, window=4096, is_kept=True)
+    assert kept == {"window": 4096, "windowed_layers": (0, 1)}
+    kinds = {**config, "layer_types": ["sliding_attention", "full_attention"]}
+    assert sliding_window(kinds, window=64)["windowed_layers"] == (0,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "window", "message"),
+    [
+        ({}, "4096", "'sliding_window' must be a whole number above zero, got '4096'"),
+        ({"layer_types": ["full_attention"]}, 8, "1 'layer_types' for 2 layers"),
+        ({"layer_types": ["linear_attention"] * 2}, 8, r"'layer_types' has \['linear_attention'\]"),
+    ],
+)
+def test_windows_that_make_no_sense_are_refused(changes, window, message):
+    config = {"max_position_embeddings": 4096, "num_hidden_layers": 2}
+    with pytest.raises(ValueError, match=message):
+        sliding_window({**config, **changes}, window=window)
