@@ -6,28 +6,31 @@ token by its position once, before the layers run, so no layer has to cut the se
 documents for them.
 """
 
-import functools
-import inspect
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.jit import jit_fuser
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.functional import scaled_dot_product_attention
+
+from mtrain.model.flash import FlashArguments, flash_attention
+from mtrain.model.rope import rotate
 
 
 class RotarySelfAttention(SelfAttention):
     """Self-attention whose rotary embedding is one fused kernel and needs no document bounds.
 
-    Instead of angles it takes `rotary_pos_emb` float32 [2, seq, 1, 1, head_dim]: cosines and sines
-    of every token's position, from `rotary_cosines_and_sines`.
+    Instead of angles it takes `rotary_pos_emb` from `RotaryEmbedding`, or None for no rotation:
+    cosines and sines of every token, float32 [2, seq, 1, 1, dim]. For a model with two ropes it is
+    the pair of layers without and with a sliding window: a tuple or, where layers are recomputed
+    (Megatron-Core saves tensors and no tuples), one tensor [2, 2, seq, 1, 1, dim].
     """
 
     def forward(
@@ -35,19 +38,35 @@ class RotarySelfAttention(SelfAttention):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         *args: Any,
-        rotary_pos_emb: torch.Tensor,
+        rotary_pos_emb: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Megatron-Core's, with queries and keys rotated as soon as they are there."""
-        self._cosines_and_sines = rotary_pos_emb
+        self._cosines_and_sines = self._choose(rotary_pos_emb)
         output = super().forward(hidden_states, attention_mask, *args, **kwargs)
         self._cosines_and_sines = None
         return output
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        """Queries and keys rotated; values as they are. Each [seq, batch, heads, head_dim]."""
-        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
-        return *_rotate(query, key, self._cosines_and_sines), value
+        """Queries and keys rotated; values, and the gate if there is one, as they are.
+
+        Each [seq, batch, heads, head_dim].
+        """
+        query, key, *others = super().get_query_key_value_tensors(*args, **kwargs)
+        if self._cosines_and_sines is not None:
+            query, key = rotate(query, key, self._cosines_and_sines, self.config.rotary_interleaved)
+        return query, key, *others
+
+    def _choose(
+        self, rotary: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor | None:
+        """What this layer rotates with."""
+        config = self.config
+        if config.no_rope_freq and config.no_rope_freq[self.layer_number - 1]:
+            return None
+        if isinstance(rotary, tuple) or (rotary is not None and rotary.dim() == 6):
+            return rotary[1 if _window(config, self.layer_number) is not None else 0]
+        return rotary
 
 
 def rotary_cosines_and_sines(angles: torch.Tensor, positions: torch.Tensor | slice) -> torch.Tensor:
@@ -63,34 +82,37 @@ def rotary_cosines_and_sines(angles: torch.Tensor, positions: torch.Tensor | sli
     return torch.stack([angles.cos(), angles.sin()])[:, positions]
 
 
-@jit_fuser
-def _rotate(
-    query: torch.Tensor, key: torch.Tensor, cosines_and_sines: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    cosines, sines = cosines_and_sines[0], cosines_and_sines[1]
-    return _turn(query, cosines, sines), _turn(key, cosines, sines)
-
-
-def _turn(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    first, second = heads.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (heads * cosines + turned * sines).to(heads.dtype)
+def _window(config: TransformerConfig, layer_number: int) -> int | None:
+    """Tokens before itself that a token of this layer sees; None for all of them."""
+    if not is_layer_window_attention(
+        config.window_size, config.window_attn_skip_freq, layer_number
+    ):
+        return None
+    before, after = config.window_size
+    assert after == 0, "attention is causal"
+    return before
 
 
 class PackedAttention(MegatronModule):
     """Grouped-query attention in which documents of a pack never see each other.
 
     On CUDA in half precision it is torch's variable-length flash attention; elsewhere
-    `scaled_dot_product_attention`, one document after the other.
+    `scaled_dot_product_attention`, one document after the other. With learnable sinks
+    (`softmax_type` "learnable") every head has one more score, the parameter `softmax_offset`
+    [heads on this rank], which takes its share of the softmax and gives nothing.
 
     Args:
         config: Model shape.
-        layer_number: Number of the layer, from 1; unused, part of Megatron-Core's interface.
+        layer_number: Number of the layer, from 1: says whether it has a sliding window.
         attn_mask_type: Must be causal.
         attention_type: Must be "self".
         cp_comm_type: Unused; context parallelism is not built.
-        softmax_scale: Factor on the scores; 1/sqrt(head_dim) by default.
+        softmax_scale: Factor on the scores; 1/sqrt(k_channels) by default.
+        k_channels: Size of a head of queries and keys; `kv_channels` of the config by default.
+        v_channels: Size of a head of values, at most `k_channels`; as large by default.
         pg_collection: Unused; heads are local.
+
+    Source: the sinks are those of transformers' `GptOssAttention`.
     """
 
     def __init__(
@@ -101,13 +123,28 @@ class PackedAttention(MegatronModule):
         attention_type: str,
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal
         assert attention_type == "self"
         assert config.attention_dropout == 0.0
-        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        assert config.softmax_type in ("vanilla", "learnable")
+        head_dim = k_channels or config.kv_channels
+        assert (v_channels or head_dim) <= head_dim
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(head_dim)
+        self.window = _window(config, layer_number)
+        self.register_parameter("softmax_offset", None)
+        if config.softmax_type == "learnable":
+            num_heads = config.num_attention_heads // config.tensor_model_parallel_size
+            device = torch.cuda.current_device()
+            offset = torch.empty(num_heads, dtype=config.params_dtype, device=device)
+            self.softmax_offset = torch.nn.Parameter(offset)
+            set_tensor_model_parallel_attributes(
+                self.softmax_offset, is_parallel=True, dim=0, stride=1
+            )
 
     def forward(
         self,
@@ -122,33 +159,46 @@ class PackedAttention(MegatronModule):
         """Attention output.
 
         Args:
-            query: [seq, batch, heads, head_dim].
-            key: [seq, batch, groups, head_dim].
-            value: [seq, batch, groups, head_dim].
-            attention_mask: Must be None: causality and documents say it all.
+            query: [seq, batch, heads, k_channels].
+            key: [seq, batch, groups, k_channels].
+            value: [seq, batch, groups, v_channels].
+            attention_mask: Must be None: causality, window and documents say it all.
             attn_mask_type: Unused, the constructor's counts.
             attention_bias: Must be None.
             packed_seq_params: Document boundaries of a pack (batch 1), or None for rows that are
                 right-padded, which a causal mask already keeps apart from their padding.
 
         Returns:
-            [seq, batch, heads * head_dim].
+            [seq, batch, heads * v_channels].
         """
         assert attention_mask is None
         assert attention_bias is None
-        if packed_seq_params is None:
+        is_plain = self.window is None and self.softmax_offset is None
+        can_flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+        if can_flash and not (packed_seq_params is None and is_plain):
+            output = self._flash(query, key, value, packed_seq_params)
+        elif packed_seq_params is None:
             output = self._rows(query, key, value)
-        elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-            output = self._varlen(query, key, value, packed_seq_params)
         else:
             output = self._documents(query, key, value, packed_seq_params)
         return output.reshape(query.shape[0], query.shape[1], -1)
 
     def _rows(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Causal attention of every batch row on its own."""
-        heads_second = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        heads_second = [tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)]
+        if self.softmax_offset is not None:
+            mask = causal_mask(len(query), self.window, query.device)
+            output = attention_with_sinks(
+                *heads_second, self.softmax_offset, mask=mask, scale=self.softmax_scale
+            )
+            return output.permute(2, 0, 1, 3)
+        is_wide = self.window is None or self.window >= len(query) - 1
         output = scaled_dot_product_attention(
-            *heads_second, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+            *heads_second,
+            attn_mask=None if is_wide else causal_mask(len(query), self.window, query.device),
+            is_causal=is_wide,
+            scale=self.softmax_scale,
+            enable_gqa=True,
         )
         return output.permute(2, 0, 1, 3)
 
@@ -163,33 +213,63 @@ class PackedAttention(MegatronModule):
         documents = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
         return torch.cat([self._rows(*document) for document in documents])
 
-    def _varlen(
+    def _flash(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        packed: PackedSeqParams,
+        packed: PackedSeqParams | None,
     ) -> torch.Tensor:
-        attend, options = _variable_length_attention()
-        return attend(
-            query.squeeze(1),
-            key.squeeze(1),
-            value.squeeze(1),
-            packed.cu_seqlens_q,
-            packed.cu_seqlens_kv,
-            packed.max_seqlen_q,
-            packed.max_seqlen_kv,
-            scale=self.softmax_scale,
-            window_size=(-1, 0),
-            **options,
-        )
+        """The variable-length kernel on a pack, or on rows as documents of one length."""
+        longest, batch = query.shape[:2]
+        if packed is None:
+            ends = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * longest
+        else:
+            ends, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+        arguments = FlashArguments(scale=self.softmax_scale, window=self.window, longest=longest)
+        tokens = [tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value)]
+        output = flash_attention(*tokens, ends, self.softmax_offset, arguments)
+        return output.unflatten(0, (batch, -1)).transpose(0, 1)
 
 
-@functools.cache
-def _variable_length_attention() -> tuple[Callable[..., torch.Tensor], dict[str, bool]]:
-    """The kernel of torch, imported where it is used: it brings the compiler stack along."""
-    from torch.nn.attention.varlen import varlen_attn
+def causal_mask(seq: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Who sees whom in one document: bool [seq, seq], True where a query (row) sees a key.
 
-    # Older torch takes fewer key than query heads as they are, newer torch wants to be told.
-    has_switch = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    return varlen_attn, {"enable_gqa": True} if has_switch else {}
+    Args:
+        seq: Tokens of the document.
+        window: Tokens before itself that a token sees; None for all of them.
+        device: Where the mask is wanted.
+    """
+    past = torch.ones(seq, seq, dtype=torch.bool, device=device).tril()
+    return past if window is None else past.triu(-window)
+
+
+def attention_with_sinks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor,
+    *,
+    mask: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention written out, with a score more for each head that no value answers.
+
+    Args:
+        query: [batch, heads, seq, k_channels].
+        key: [batch, groups, seq, k_channels].
+        value: [batch, groups, seq, v_channels].
+        sinks: [heads].
+        mask: bool [seq, seq], True where a query sees a key.
+        scale: Factor on the scores; the sinks are not scaled.
+
+    Returns:
+        [batch, heads, seq, v_channels].
+    """
+    group_size = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(group_size, dim=1) for tensor in (key, value))
+    scores = (query @ key.transpose(2, 3)).float() * scale
+    scores = scores.masked_fill(~mask, -torch.inf)
+    sink_scores = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+    weights = torch.cat([scores, sink_scores], dim=-1).softmax(dim=-1)
+    return weights[..., :-1].to(value.dtype) @ value
