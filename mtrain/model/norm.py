@@ -1,25 +1,68 @@
-"""RMSNorm for the `torch` backend.
+"""Norms for the `torch` backend, and those that `te` keeps outside of its linears.
 
-Megatron-Core's own torch norm refuses sequence parallelism: under it every tensor-parallel rank
-sees another part of the sequence, so the weight's gradient has to be summed over those ranks. This
-one carries the mark that Megatron-Core's gradient reduction looks for.
+Megatron-Core's own torch norms refuse sequence parallelism: under it every tensor-parallel rank
+sees another part of the sequence, so gradients of weight and bias have to be summed over those
+ranks. These carry the mark that Megatron-Core's gradient reduction looks for.
 """
 
 import torch
+import torch.nn.functional as F
+from megatron.core.jit import jit_fuser
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class RMSNorm(torch.nn.RMSNorm):
     """Root-mean-square norm over the last axis.
 
+    With `layernorm_zero_centered_gamma` the factor is 1 + weight, and everything up to the product
+    with it is in float32.
+
     Args:
-        config: Gives the dtype of the weight and whether sequence parallelism is on.
+        config: Gives the dtype of the weight, what it is, and whether sequence parallelism is on.
         hidden_size: Length of the last axis.
         eps: Added to the mean square.
+
+    Source: transformers' `Gemma3RMSNorm` and `Qwen3NextRMSNorm` are zero-centered.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(
             hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device()
         )
+        self.is_zero_centered = config.layernorm_zero_centered_gamma
         self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., hidden_size] -> [..., hidden_size]."""
+        if self.is_zero_centered:
+            return _zero_centered_norm(hidden, self.weight, self.eps)
+        return super().forward(hidden)
+
+
+@jit_fuser
+def _zero_centered_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    scale = 1.0 + weight.float()
+    return F.rms_norm(hidden.float(), weight.shape, scale, eps).to(hidden.dtype)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """Norm over the last axis with mean and bias, as GPT-2 has it.
+
+    Args:
+        config: Gives the dtype of weight and bias and whether sequence parallelism is on.
+        hidden_size: Length of the last axis.
+        eps: Added to the variance.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        assert not config.layernorm_zero_centered_gamma
+        super().__init__(
+            hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device()
+        )
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.bias.sequence_parallel = config.sequence_parallel
+
+
+def norm_class(config: TransformerConfig) -> type[RMSNorm] | type[LayerNorm]:
+    """The norm that `normalization` of the config names."""
+    return {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[config.normalization]
