@@ -1,0 +1,84 @@
+"""Activations of MLPs and experts.
+
+The one thing to know: Megatron-Core recognises activations by identity, so these are its functions
+and torch's. Its fused kernels take `F.gelu` for the tanh approximation, which is another function:
+with gelu, leave `bias_activation_fusion` off.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.jit import jit_fuser
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+def gelu_tanh(hidden: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh approximation."""
+    return F.gelu(hidden, approximate="tanh")
+
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+}
+
+
+def activation_function(name: str) -> Activation:
+    """What `activation_func` of a `TransformerConfig` is for an activation's name.
+
+    Raises:
+        ValueError: There is no such activation.
+    """
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is not built; there are {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def gated(
+    hidden: torch.Tensor, config: TransformerConfig, probs: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Activation of the gate times the other half, in one kernel.
+
+    With `activation_func_clamp_value` the gate is cut off above it, and the other half on both
+    sides; `glu_linear_offset` is added to the other half.
+
+    Args:
+        hidden: [..., 2 * inner], gates first.
+        config: Gives activation, clamp and offset.
+        probs: [...], what each row is multiplied with; None for 1.
+
+    Returns:
+        [..., inner] in the dtype of `hidden`.
+
+    Source: transformers' `GptOssExperts`, whose gates are interleaved.
+    """
+    return _gated(
+        hidden,
+        probs,
+        config.activation_func,
+        config.activation_func_clamp_value,
+        config.glu_linear_offset,
+    )
+
+
+@jit_fuser
+def _gated(
+    hidden: torch.Tensor,
+    probs: torch.Tensor | None,
+    activation: Activation,
+    clamp: float | None,
+    offset: float,
+) -> torch.Tensor:
+    gate, up = hidden.chunk(2, dim=-1)
+    if clamp is not None:
+        gate, up = gate.clamp(max=clamp), up.clamp(min=-clamp, max=clamp)
+    output = activation(gate) * (up + offset)
+    if probs is not None:
+        output = output * probs.unsqueeze(-1)
+    return output.to(hidden.dtype)
