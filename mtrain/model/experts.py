@@ -7,26 +7,35 @@ package). Here all local experts of a projection are one parameter `[experts, ou
 """
 
 import torch
+import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import grouped_mm
 
+from mtrain.model.activation import gated
+from mtrain.model.expert_bias import add_expert_bias
+
 
 class GroupedLinear(torch.nn.Module):
     """One linear map for each local expert.
 
-    The parameter is reduced over the expert data-parallel group (`allreduce = False`), and every
-    rank counts it in the gradient norm (`tensor_model_parallel = True`): no two ranks of a
-    tensor-parallel group hold the same experts' slice unless they are expert-data-parallel.
+    The parameters are reduced over the expert data-parallel group (`allreduce = False`), and every
+    rank counts them in the gradient norm (`tensor_model_parallel = True`): no two ranks of a
+    tensor-parallel group hold the same experts' slice unless they are expert-data-parallel. Only a
+    bias behind split columns is the same on all ranks that share an expert; the first counts it.
+
+    `forward` leaves the bias to the caller, as Megatron-Core's linears do.
 
     Args:
         num_experts: Local experts.
         in_size: Input width on this rank.
         out_size: Output width on this rank.
         partition_dim: Axis of the weight that expert tensor parallelism splits: 1 or 2.
-        dtype: Dtype of the weight.
+        dtype: Dtype of weight and bias.
+        has_bias: Whether there is a `bias` [experts, out_size]; else it is None.
+        etp_rank: This rank among those that share an expert.
     """
 
     def __init__(
@@ -37,15 +46,21 @@ class GroupedLinear(torch.nn.Module):
         out_size: int,
         partition_dim: int,
         dtype: torch.dtype,
+        has_bias: bool,
+        etp_rank: int,
     ) -> None:
         super().__init__()
         device = torch.cuda.current_device()
         weight = torch.empty(num_experts, out_size, in_size, dtype=dtype, device=device)
         self.weight = torch.nn.Parameter(weight)
-        self.weight.allreduce = False
-        self.weight.tensor_model_parallel = True
-        self.weight.partition_dim = partition_dim
-        self.weight.partition_stride = 1
+        _mark_split(self.weight, partition_dim)
+        self.register_parameter("bias", None)
+        if has_bias:
+            bias = torch.empty(num_experts, out_size, dtype=dtype, device=device)
+            self.bias = torch.nn.Parameter(bias)
+            _mark_split(self.bias, partition_dim if partition_dim == 1 else -1)
+            # A copy of what the first rank counts.
+            self.bias.shared = partition_dim == 2 and etp_rank > 0
 
     def forward(self, tokens: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Applies each expert to its rows.
@@ -64,8 +79,19 @@ class GroupedLinear(torch.nn.Module):
         return grouped_mm(tokens, self.weight.transpose(1, 2), offs=ends)
 
 
+def _mark_split(parameter: torch.nn.Parameter, partition_dim: int) -> None:
+    """What Megatron-Core asks parameters; `partition_dim` -1 for no split."""
+    parameter.allreduce = False
+    parameter.tensor_model_parallel = True
+    parameter.partition_dim = partition_dim
+    parameter.partition_stride = 1
+
+
 class GroupedExperts(MegatronModule):
     """The gated MLPs of the local experts.
+
+    With `add_bias_linear` both linears have biases: an expert's output is its router probability
+    times (W2 h + b2), as in GPT-OSS.
 
     Args:
         num_local_experts: Experts on this rank.
@@ -81,15 +107,17 @@ class GroupedExperts(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         assert config.gated_linear_unit
-        assert not config.add_bias_linear
         self.num_local_experts = num_local_experts
-        inner_size = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
+        self.etp_size = pg_collection.expt_tp.size()
+        inner_size = config.moe_ffn_hidden_size // self.etp_size
+        biases = {"has_bias": config.add_bias_linear, "etp_rank": pg_collection.expt_tp.rank()}
         self.linear_fc1 = GroupedLinear(
             num_experts=num_local_experts,
             in_size=config.hidden_size,
             out_size=2 * inner_size,
             partition_dim=1,
             dtype=config.params_dtype,
+            **biases,
         )
         self.linear_fc2 = GroupedLinear(
             num_experts=num_local_experts,
@@ -97,6 +125,7 @@ class GroupedExperts(MegatronModule):
             out_size=config.hidden_size,
             partition_dim=2,
             dtype=config.params_dtype,
+            **biases,
         )
 
     def forward(
@@ -115,5 +144,19 @@ class GroupedExperts(MegatronModule):
         """
         ends = tokens_per_expert.to(tokens.device, non_blocking=True).cumsum(0).to(torch.int32)
         hidden = self.linear_fc1(tokens, ends)
-        hidden = weighted_bias_swiglu_impl(hidden, None, probs.unsqueeze(-1))
-        return self.linear_fc2(hidden, ends), None
+        if self.linear_fc1.bias is not None:
+            hidden = add_expert_bias(hidden, self.linear_fc1.bias, ends)
+        output = self.linear_fc2(self._activate(hidden, probs), ends)
+        if self.linear_fc2.bias is not None:
+            output = add_expert_bias(
+                output, self.linear_fc2.bias, ends, probs=probs, share=1 / self.etp_size
+            )
+        return output, None
+
+    def _activate(self, hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        """Gates [rows, 2 * inner] -> [rows, inner], times the probabilities."""
+        config = self.config
+        is_plain = config.activation_func_clamp_value is None and config.glu_linear_offset == 0.0
+        if config.activation_func is F.silu and is_plain:
+            return weighted_bias_swiglu_impl(hidden, None, probs.unsqueeze(-1))
+        return gated(hidden, config, probs)
