@@ -6,14 +6,23 @@ from unittest.mock import patch
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, checkpoint
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers import GptOssConfig
+from transformers import GptOssConfig, Qwen3NextConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+from transformers.models.qwen3_next.modeling_qwen3_next import (
+    Qwen3NextAttention,
+    Qwen3NextRotaryEmbedding,
+)
 
-from mtrain.model.attention import PackedAttention
+from mtrain.bridge.family import Rope
+from mtrain.model.attention import PackedAttention, RotarySelfAttention
 from mtrain.model.flash import flash_attention
+from mtrain.model.norm import RMSNorm
+from mtrain.model.rope import RotaryEmbedding
 from mtrain.parallel import ParallelLayout
 from tests.model.test_flash import PLAIN
 from tests.ranks import run_ranks
@@ -220,3 +229,126 @@ def test_sinks_are_split_over_tensor_parallel_ranks_and_counted_by_each():
     assert offset.tensor_model_parallel
     assert offset.partition_dim == 0
     assert not list(attention().parameters())
+
+
+def self_attention(*, layer_number=1, **fields):
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=HEADS * HEAD_DIM,
+        num_attention_heads=HEADS,
+        num_query_groups=GROUPS,
+        kv_channels=HEAD_DIM,
+        attention_dropout=0.0,
+        add_bias_linear=False,
+        qk_layernorm=True,
+        **fields,
+    )
+    submodules = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=PackedAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=RMSNorm,
+        k_layernorm=RMSNorm,
+    )
+    torch.manual_seed(0)
+    layer = RotarySelfAttention(config, submodules, layer_number, AttnMaskType.causal)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape) * 0.3
+    return layer
+
+
+def hidden_states():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(7, 2, HEADS * HEAD_DIM, generator=generator).requires_grad_()
+
+
+def cosines_and_sines(base, dim=HEAD_DIM):
+    return RotaryEmbedding(Rope(base=base, dim=dim), torch.device("cpu"))(slice(None), longest=7)
+
+
+def gated_by_both(state):
+    """Ours and Qwen3-Next's layer with a gate and half of each head turning."""
+    ours = self_attention(attention_output_gate=True, layernorm_zero_centered_gamma=True)
+    config = Qwen3NextConfig(
+        hidden_size=HEADS * HEAD_DIM,
+        num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS,
+        head_dim=HEAD_DIM,
+        rms_norm_eps=1e-5,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "partial_rotary_factor": 0.5,
+        },
+    )
+    config._attn_implementation = "sdpa"
+    theirs = Qwen3NextAttention(config, 0)
+    # Ours: the queries of a group, their gates, a key, a value. Theirs: query and gate by heads.
+    grouped = ours.linear_qkv.weight.detach().unflatten(0, (GROUPS, -1))
+    query, gate, key, value = grouped.split([16, 16, HEAD_DIM, HEAD_DIM], dim=1)
+    by_heads = [x.reshape(HEADS, HEAD_DIM, -1) for x in (query, gate)]
+    theirs.q_proj.weight.data = torch.cat(by_heads, dim=1).flatten(0, 1)
+    theirs.k_proj.weight.data = key.flatten(0, 1)
+    theirs.v_proj.weight.data = value.flatten(0, 1)
+    theirs.o_proj.weight.data = ours.linear_proj.weight.data
+    theirs.q_norm.weight.data = ours.q_layernorm.weight.data
+    theirs.k_norm.weight.data = ours.k_layernorm.weight.data
+
+    hidden = hidden_states()
+    output, _ = ours(hidden, None, rotary_pos_emb=cosines_and_sines(100.0, dim=4))
+    batch_first = hidden.transpose(0, 1)
+    embedding = Qwen3NextRotaryEmbedding(config)(batch_first, torch.arange(7)[None])
+    expected, _ = theirs(batch_first, embedding, None)
+    (grad,) = torch.autograd.grad(output.square().sum(), hidden)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), hidden)
+    return (output.detach(), grad), (expected.transpose(0, 1).detach(), expected_grad)
+
+
+def test_gate_and_partial_rotation_equal_hugging_face():
+    [(ours, theirs)] = run_ranks(ParallelLayout(), gated_by_both)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
+    assert (ours[1] - theirs[1]).abs().max() <= 1e-5 * theirs[1].abs().max()
+
+
+def outputs_with(state, layer_number, fields):
+    """Output of a layer that gets: no rope, one or the other, and both in three ways."""
+    layer = self_attention(layer_number=layer_number, **fields)
+    full, window = cosines_and_sines(1e6), cosines_and_sines(100.0)
+
+    def run(hidden, rotary):
+        return layer(hidden, None, rotary_pos_emb=rotary)[0]
+
+    both = torch.stack([full, window])
+    outputs = {
+        "none": run(hidden_states(), None),
+        "full": run(hidden_states(), full),
+        "window": run(hidden_states(), window),
+        "tuple": run(hidden_states(), (full, window)),
+        "tensor": run(hidden_states(), both),
+        "recomputed": checkpoint(run, False, hidden_states(), both),
+    }
+    outputs["recomputed"].sum().backward()
+    assert layer.linear_qkv.weight.grad is not None
+    return {name: output.detach() for name, output in outputs.items()}
+
+
+@pytest.mark.parametrize(("layer_number", "own"), [(1, "window"), (2, "full")])
+def test_layers_with_a_window_rotate_with_the_second_rope(layer_number, own):
+    fields = {"window_size": (2, 0), "window_attn_skip_freq": [1, 0]}
+    [outputs] = run_ranks(ParallelLayout(), outputs_with, layer_number, fields)
+    assert not torch.allclose(outputs["full"], outputs["window"])
+    for way in ("tuple", "tensor", "recomputed"):
+        assert torch.equal(outputs[way], outputs[own]), way
+
+
+@pytest.mark.parametrize(("layer_number", "rotates"), [(1, False), (2, True)])
+def test_layers_without_rope_do_not_rotate(layer_number, rotates):
+    [outputs] = run_ranks(ParallelLayout(), outputs_with, layer_number, {"no_rope_freq": [1, 0]})
+    assert torch.equal(outputs["full"], outputs["none"]) != rotates
+
+
+def test_pairs_are_interleaved_where_the_config_says_so():
+    [plain] = run_ranks(ParallelLayout(), outputs_with, 1, {})
+    [interleaved] = run_ranks(ParallelLayout(), outputs_with, 1, {"rotary_interleaved": True})
+    assert torch.equal(plain["none"], interleaved["none"])
+    assert not torch.allclose(plain["full"], interleaved["full"])
