@@ -105,8 +105,11 @@ def io_threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def row_blocks(shape: Shape, *, itemsize: int) -> Iterator[tuple[int, int]]:
-    """First row and the one after the last of blocks of bounded size; at least a row each."""
-    num_rows = shape[0]
+    """First row and the one after the last of blocks of bounded size; at least a row each.
+
+    A tensor without axes is one row.
+    """
+    num_rows = shape[0] if shape else 1
     row_bytes = max(1, tensor_bytes("U8", shape[1:]) * itemsize)
     step = max(1, _BLOCK_BYTES // row_bytes)
     for start in range(0, num_rows, step):
@@ -169,5 +172,5 @@ def _blocks(share: _Share, source: TensorSource) -> Iterator[tuple[Any, int, int
 def _read(stored: Any, start: int, stop: int) -> torch.Tensor:
     """The bytes of some rows."""
     part = stored[start:stop]
-    assert part.shape[0] == stop - start, f"rows {start}:{stop} gave {part.shape}"
+    assert not part.shape or part.shape[0] == stop - start, f"{start}:{stop} gave {part.shape}"
     return part.contiguous().flatten().view(torch.uint8)

@@ -6,7 +6,7 @@ computes from the plans of the others what they send, so only weights are sent, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from mtrain.bridge.plan import ParameterPlan, Plan, Shape
+from mtrain.bridge.safetensors_header import tensor_bytes
+from mtrain.bridge.safetensors_reader import DTYPES
 from mtrain.bridge.slices import view_box
 from mtrain.bridge.spans import Piece, box_shape, box_size, clip
 from mtrain.parallel import World
@@ -22,18 +24,20 @@ from mtrain.parallel import World
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """Consecutive rows of a Hugging Face tensor.
+    """Consecutive rows of a Hugging Face tensor; all blocks of a bucket have the same dtype.
 
     Attributes:
         name: Name of the tensor.
         start: First row.
         shape: Shape of the block.
+        dtype: Its dtype in the words of the safetensors format.
         is_whole: Whether it is all of the tensor.
     """
 
     name: str
     start: int
     shape: Shape
+    dtype: str
     is_whole: bool
 
 
@@ -67,31 +71,32 @@ class _Part:
     piece: Piece
 
 
-def make_buckets(tensors: tuple[tuple[str, Shape], ...], *, max_elements: int) -> Iterator[Bucket]:
+def make_buckets(tensors: Iterable[tuple[str, str, Shape]], *, max_bytes: int) -> Iterator[Bucket]:
     """Cuts tensors into buckets, keeping their order.
 
     Args:
-        tensors: Name and shape of each.
-        max_elements: Most elements of a bucket, unless a single row has more.
+        tensors: Name, dtype and shape of each.
+        max_bytes: Most bytes of a bucket, unless a single row has more.
     """
     bucket: list[Block] = []
-    room = max_elements
-    for name, shape in tensors:
-        row_size = max(1, prod(shape[1:]))
-        rows_at_once = max(1, max_elements // row_size)
+    room = max_bytes
+    for name, dtype, shape in tensors:
+        row_bytes = max(1, tensor_bytes(dtype, shape[1:]))
+        rows_at_once = max(1, max_bytes // row_bytes)
         for start in range(0, shape[0], rows_at_once):
             num_rows = min(rows_at_once, shape[0] - start)
-            if bucket and num_rows * row_size > room:
+            if bucket and (num_rows * row_bytes > room or bucket[0].dtype != dtype):
                 yield tuple(bucket)
-                bucket, room = [], max_elements
+                bucket, room = [], max_bytes
             block = Block(
                 name=name,
                 start=start,
                 shape=(num_rows, *shape[1:]),
+                dtype=dtype,
                 is_whole=num_rows == shape[0],
             )
             bucket.append(block)
-            room -= num_rows * row_size
+            room -= num_rows * row_bytes
     if bucket:
         yield tuple(bucket)
 
@@ -103,18 +108,14 @@ class BlockGatherer:
         members: The ranks, the same on each.
         world: This rank, which is one of them.
         lookup: Gives the local tensor of a parameter, or of one of its experts.
-        dtype: Dtype of the tensors.
     """
 
-    def __init__(
-        self, members: list[Member], *, world: World, lookup: TensorLookup, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, members: list[Member], *, world: World, lookup: TensorLookup) -> None:
         self._members = members
         self._sources = [_sources_by_name(member.plan) for member in members]
         self._me = [member.rank for member in members].index(world.rank)
         self._world = world
         self._lookup = lookup
-        self._dtype = dtype
 
     def gather(self, bucket: Bucket, *, writer: int) -> torch.Tensor | None:
         """Puts a bucket together on one member.
@@ -126,14 +127,15 @@ class BlockGatherer:
         Returns:
             The elements of the blocks one after the other, on the writer; None on the others.
         """
+        dtype = DTYPES[bucket[0].dtype]
         parts = [self._parts(member, bucket, writer) for member in range(len(self._members))]
-        mine = self._pack(parts[self._me])
+        mine = self._pack(parts[self._me], dtype)
         if self._me != writer:
             if mine.numel():
                 self._exchange([(dist.isend, mine, writer)])
             return None
         received = [
-            mine if member == writer else self._empty(_num_elements(theirs))
+            mine if member == writer else self._empty(_num_elements(theirs), dtype)
             for member, theirs in enumerate(parts)
         ]
         self._exchange(
@@ -146,7 +148,7 @@ class BlockGatherer:
         num_elements = sum(prod(block.shape) for block in bucket)
         held = sum(packed.numel() for packed in received)
         assert held == num_elements, f"{held} of {num_elements} elements of {bucket} are held"
-        whole = self._empty(num_elements)
+        whole = self._empty(num_elements, dtype)
         views = _split(whole, [block.shape for block in bucket])
         for member_parts, packed in zip(parts, received, strict=True):
             sources = _split(packed, [box_shape(part.piece.hf) for part in member_parts])
@@ -167,13 +169,13 @@ class BlockGatherer:
             for clipped in _within(piece, block)
         ]
 
-    def _pack(self, parts: list[_Part]) -> torch.Tensor:
-        packed = self._empty(_num_elements(parts))
+    def _pack(self, parts: list[_Part], dtype: torch.dtype) -> torch.Tensor:
+        packed = self._empty(_num_elements(parts), dtype)
         targets = _split(packed, [box_shape(part.piece.hf) for part in parts])
         for part, target in zip(parts, targets, strict=True):
             parameter = part.parameter
             tensor = self._lookup(parameter.chunk, parameter.name, part.piece.expert)
-            assert tensor.dtype == self._dtype, f"{parameter.name} is {tensor.dtype}"
+            assert tensor.dtype == dtype, f"{parameter.name} is {tensor.dtype}"
             source = view_box(tensor, part.piece.local)
             target.view(source.shape).copy_(source)
         return packed
@@ -193,8 +195,8 @@ class BlockGatherer:
         for work in dist.batch_isend_irecv(operations):
             work.wait()
 
-    def _empty(self, num_elements: int) -> torch.Tensor:
-        return torch.empty(num_elements, dtype=self._dtype, device=self._world.device)
+    def _empty(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(num_elements, dtype=dtype, device=self._world.device)
 
 
 def _num_elements(parts: list[_Part]) -> int:

@@ -50,6 +50,18 @@ def check_checkpoint(table: WeightTable, checkpoint: StoredWeights) -> dict[str,
     return ignored
 
 
+def carried_names(table: WeightTable, checkpoint: StoredWeights) -> list[str]:
+    """The tensors of a checkpoint that the model does not have, and that saves copy.
+
+    Args:
+        table: Weights of the model.
+        checkpoint: What is on disk.
+    """
+    expected = hf_tensors(table)
+    found = ((name, _find_ignored(name, table)) for name in checkpoint.tensors)
+    return [name for name, entry in found if name not in expected and entry and entry.is_carried]
+
+
 def check_model(plan: Plan, shapes: list[Mapping[str, Shape]]) -> None:
     """Compares the parameters of the model chunks of this rank with its plan.
 

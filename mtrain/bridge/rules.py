@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from mtrain.bridge.spans import Span, clip
+from mtrain.bridge.storage.forms import StorageForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,8 +316,10 @@ class WeightTable:
         num_layers: Decoder layers.
         rules: One for each kind of Megatron parameter.
         ignored: What a checkpoint may hold besides.
+        forms: Other ways in which a checkpoint may hold the tensors of the rules.
     """
 
     num_layers: int
     rules: tuple[Rule, ...]
     ignored: tuple[IgnoredKey, ...] = ()
+    forms: tuple[StorageForm, ...] = ()

@@ -67,7 +67,10 @@ class SafetensorsReader:
 
 
 class _Slices:
-    """A tensor in a file; its rows are read whole, and then cut along the other axes."""
+    """A tensor in a file; its rows are read whole, and then cut along the other axes.
+
+    Of stacked matrices, rows are those of the matrix that is asked for.
+    """
 
     def __init__(self, descriptor: int, tensor: StoredTensor) -> None:
         self._descriptor = descriptor
@@ -78,12 +81,19 @@ class _Slices:
         shape = self._tensor.shape
         if not shape:
             return self._read(0, self._tensor.num_bytes).view(())
-        rows, *others = key if isinstance(key, tuple) else (key,)
-        start, stop, step = rows.indices(shape[0])
-        assert step == 1, "parts are read without gaps"
-        row_bytes = tensor_bytes(self._tensor.dtype, shape[1:])
-        part = self._read(start * row_bytes, (stop - start) * row_bytes)
-        return part.view(stop - start, *shape[1:])[(slice(None), *others)]
+        slices = key if isinstance(key, tuple) else (key,)
+        begin = 0
+        for axis, rows in enumerate(slices):
+            start, stop, step = rows.indices(shape[axis])
+            assert step == 1, "parts are read without gaps"
+            row_bytes = tensor_bytes(self._tensor.dtype, shape[axis + 1 :])
+            begin += start * row_bytes
+            if stop - start != 1:
+                break
+        num_rows = max(0, stop - start)
+        part = self._read(begin, num_rows * row_bytes)
+        whole = part.view(*[1] * axis, num_rows, *shape[axis + 1 :])
+        return whole[(*[slice(None)] * (axis + 1), *slices[axis + 1 :])]
 
     def _read(self, start: int, num_bytes: int) -> torch.Tensor:
         path, dtype = self._tensor.path, DTYPES.get(self._tensor.dtype)

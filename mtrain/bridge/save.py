@@ -1,7 +1,8 @@
 """Saves the model chunks of all ranks as one Hugging Face checkpoint, in bounded memory.
 
 Tensors travel to the writer of their file in buckets of rows, from the ranks that hold parts of
-them. Pipeline stages and expert-parallel ranks write their own; data-parallel copies share.
+them. Pipeline stages and expert-parallel ranks write their own; data-parallel copies share. What
+files hold in another form is put into it by the writer, a slab at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from mtrain.bridge.plan import Backend, Plan, plan_rank
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_folder import WEIGHTS_STEM
 from mtrain.bridge.safetensors_writer import OpenFile, SafetensorsWriter, TensorFile
+from mtrain.bridge.storage.stored_as import CANONICAL, StoredAs
+from mtrain.bridge.storage.stored_files import AssembledFile, CopiedFile, FileRecord
 from mtrain.bridge.written import WrittenFile, write_index
 from mtrain.parallel import ParallelLayout, ParallelState
 
@@ -58,6 +61,7 @@ def save_weights(
     bucket_bytes: int = BUCKET_BYTES,
     stem: str = WEIGHTS_STEM,
     open_file: OpenFile = SafetensorsWriter,
+    form: StoredAs = CANONICAL,
 ) -> Callable[[], list[WrittenFile]]:
     """Writes the weights of the model chunks of all ranks.
 
@@ -71,12 +75,14 @@ def save_weights(
         table: Weights of the model.
         state: This rank in the layout.
         backend: Spelling of the norms.
-        dtype: Dtype of all the tensors.
+        dtype: Dtype of the tensors, but of those that have a fixed one.
         max_shard_size: Most bytes of tensors in a file.
-        bucket_bytes: Most bytes moved at once, if a row is not larger; memory stays below 4 times.
+        bucket_bytes: Most bytes moved at once, if a row is not larger; memory stays below 4 times,
+            and for each file that is filled a slab of a tensor that has another form there.
         stem: How the names of the files begin.
         open_file: What takes the tensors of a file: `SafetensorsWriter` writes them as they come,
             `DeferredWriter` when it is asked for the record of the file.
+        form: The form that they are stored in.
 
     Returns:
         What gives the files of this rank; the first rank's has the index among them. It raises an
@@ -89,6 +95,7 @@ def save_weights(
         dtype=DTYPE_NAMES[dtype],
         max_shard_size=max_shard_size,
         stem=stem,
+        form=form,
     )
     return save_tensors(
         files,
@@ -96,10 +103,10 @@ def save_weights(
         lookup,
         plan_member=lambda rank: plan_rank(table, layout=state.layout, rank=rank, backend=backend),
         state=state,
-        dtype=dtype,
         bucket_bytes=bucket_bytes,
         stem=stem,
         open_file=open_file,
+        form=form,
     )
 
 
@@ -110,10 +117,10 @@ def save_tensors(
     *,
     plan_member: Callable[[int], Plan],
     state: ParallelState,
-    dtype: torch.dtype,
     bucket_bytes: int = BUCKET_BYTES,
     stem: str = WEIGHTS_STEM,
     open_file: OpenFile = SafetensorsWriter,
+    form: StoredAs = CANONICAL,
 ) -> Callable[[], list[WrittenFile]]:
     """Writes files that are planned already; otherwise as `save_weights`.
 
@@ -123,35 +130,37 @@ def save_tensors(
         lookup: Finds what the plan of this rank names.
         plan_member: What a rank holds; all ranks give the same answer.
         state: This rank.
-        dtype: Dtype of all the tensors.
         bucket_bytes: As for `save_weights`.
         stem: How the names of the files begin.
         open_file: As for `save_weights`.
+        form: As the files were planned.
     """
-    writers: list[TensorFile] = []
+    writers: list[FileRecord] = []
     error: OSError | None = None
     # Every rank is among the members of one list of files of each kind. Going through all of one
     # kind first keeps the order of messages the same for everybody.
-    for kind in ("tp", "etp"):
+    for kind in ("tp", "etp", "ep"):
         mine = [file for file in files if file.group == kind and state.rank in file.members]
         if not mine:
             continue
         members = [_member(rank, kind, plan_member, state.layout) for rank in mine[0].members]
-        gatherer = BlockGatherer(members, world=state.world, lookup=lookup, dtype=dtype)
+        gatherer = BlockGatherer(members, world=state.world, lookup=lookup)
         try:
             writers += _write_files(
                 mine,
-                folder,
                 gatherer,
                 state.rank,
-                dtype=dtype,
                 max_bytes=bucket_bytes,
-                open_file=open_file,
+                open_file=functools.partial(_open_file, folder, open_file, form),
             )
         except OSError as problem:
             error = error or problem
     if error is not None:
         return functools.partial(_fail, error)
+    for file in files:
+        if file.group == "copied" and file.writer == state.rank:
+            assert form.carried is not None, "else nothing is copied"
+            writers.append(CopiedFile(folder / file.name, file.entries, form.carried.source))
     return functools.partial(_records, writers, files, folder, state.is_first_rank, stem)
 
 
@@ -160,7 +169,7 @@ def _fail(error: OSError) -> list[WrittenFile]:
 
 
 def _records(
-    writers: Sequence[TensorFile],
+    writers: Sequence[FileRecord],
     files: Sequence[WeightFile],
     folder: Path,
     is_first_rank: bool,
@@ -171,7 +180,7 @@ def _records(
     with ThreadPoolExecutor(num_threads()) as threads:
         written = list(threads.map(lambda writer: writer.written, writers))
     if len(files) > 1 and is_first_rank:
-        weight_map = {name: file.name for file in files for name, _ in file.tensors}
+        weight_map = {name: file.name for file in files for name, _, _ in file.entries}
         num_bytes = sum(file.num_bytes for file in files)
         written.append(write_index(folder, weight_map, num_bytes=num_bytes, stem=stem))
     return written
@@ -185,16 +194,22 @@ def _member(
     return Member(rank=rank, shard=shard, plan=plan_member(rank))
 
 
+def _open_file(folder: Path, open_file: OpenFile, form: StoredAs, file: WeightFile) -> TensorFile:
+    """What takes the canonical tensors of a file."""
+    writer = open_file(folder / file.name, file.entries)
+    if all(one.is_plain and not form.is_quantized(one.name) for one in file.stored):
+        return writer
+    return AssembledFile(writer, file.stored, file.tensors, form)
+
+
 @torch.no_grad()
 def _write_files(
     files: list[WeightFile],
-    folder: Path,
     gatherer: BlockGatherer,
     rank: int,
     *,
-    dtype: torch.dtype,
     max_bytes: int,
-    open_file: OpenFile,
+    open_file: Callable[[WeightFile], TensorFile],
 ) -> list[TensorFile]:
     """Fills the files of one kind of group.
 
@@ -202,19 +217,16 @@ def _write_files(
     others do not wait for it.
     """
     staging = _HostBuffer()
-    max_elements = max(1, max_bytes // dtype.itemsize)
     error: OSError | None = None
     writers: dict[str, TensorFile] = {}
     with ExitStack() as stack:
         try:
             for file in files:
                 if file.writer == rank:
-                    entries = [(name, DTYPE_NAMES[dtype], shape) for name, shape in file.tensors]
-                    writer = open_file(folder / file.name, entries)
-                    writers[file.name] = stack.enter_context(writer)
+                    writers[file.name] = stack.enter_context(open_file(file))
         except OSError as caught:
             error = caught
-        for file, bucket in _in_turns(files, max_elements=max_elements):
+        for file, bucket in _in_turns(files, max_bytes=max_bytes):
             gathered = gatherer.gather(bucket, writer=file.members.index(file.writer))
             if gathered is not None and error is None:
                 try:
@@ -226,7 +238,7 @@ def _write_files(
     return list(writers.values())
 
 
-def _in_turns(files: list[WeightFile], *, max_elements: int) -> Iterator[tuple[WeightFile, Bucket]]:
+def _in_turns(files: list[WeightFile], *, max_bytes: int) -> Iterator[tuple[WeightFile, Bucket]]:
     """A bucket for each writer in turn, and of each writer for several of its files in turn.
 
     So that one rank can write while others gather, and one file while another is.
@@ -237,16 +249,14 @@ def _in_turns(files: list[WeightFile], *, max_elements: int) -> Iterator[tuple[W
         stream = num_files[file.writer] % FILES_AT_ONCE
         num_files[file.writer] += 1
         streams_of.setdefault((file.writer, stream), []).append(file)
-    streams = [_buckets_of(queue, max_elements=max_elements) for queue in streams_of.values()]
+    streams = [_buckets_of(queue, max_bytes=max_bytes) for queue in streams_of.values()]
     for turn in zip_longest(*streams):
         yield from (item for item in turn if item is not None)
 
 
-def _buckets_of(
-    files: list[WeightFile], *, max_elements: int
-) -> Iterator[tuple[WeightFile, Bucket]]:
+def _buckets_of(files: list[WeightFile], *, max_bytes: int) -> Iterator[tuple[WeightFile, Bucket]]:
     for file in files:
-        for bucket in make_buckets(file.tensors, max_elements=max_elements):
+        for bucket in make_buckets(file.tensors, max_bytes=max_bytes):
             yield file, bucket
 
 

@@ -177,7 +177,6 @@ def save_optimizer_state(
             _lookup(tensors.parameters, cut_of(state.rank), kind),
             plan_member=plan_member,
             state=state,
-            dtype=torch.float32,
             stem=_stem(kind),
             open_file=open_file,
         )

@@ -1,7 +1,8 @@
 """A checkpoint that transformers loads: weights, and what the source folder has beside them.
 
 The one thing to know: besides the weights, only `config.json` differs from the source, and in it
-only the dtype. Tokenizer, chat template and generation settings are copied byte for byte.
+only the dtype, and how weights are quantised where they no longer are. Tokenizer, chat template and
+generation settings are copied byte for byte.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ import torch
 
 from mtrain.bridge.gather import TensorLookup
 from mtrain.bridge.plan import Backend, hf_tensors, weight_table
+from mtrain.bridge.safetensors_header import tensor_bytes
 from mtrain.bridge.safetensors_writer import OpenFile
 from mtrain.bridge.save import save_weights
+from mtrain.bridge.storage.quantization import without_quantization
+from mtrain.bridge.storage.stored_as import CANONICAL, StoredAs
 from mtrain.bridge.written import WrittenFile, record_file, write_json
 from mtrain.checkpoint.folder import Contents, PendingFiles
 from mtrain.parallel import ParallelState
@@ -57,6 +61,7 @@ class WeightsFormat:
         backend: Spelling of the norms in the chunks.
         dtype: Dtype of the saved tensors.
         max_shard_size: Most bytes of tensors in a file.
+        stored: The form that they are stored in.
     """
 
     source: Path
@@ -64,6 +69,7 @@ class WeightsFormat:
     backend: Backend
     dtype: torch.dtype
     max_shard_size: int
+    stored: StoredAs = CANONICAL
 
 
 def weights_contents(
@@ -94,6 +100,7 @@ def weights_contents(
             dtype=form.dtype,
             max_shard_size=form.max_shard_size,
             open_file=open_file,
+            form=form.stored,
         )
         if not state.is_first_rank:
             return [weights]
@@ -114,7 +121,9 @@ def _source(form: WeightsFormat) -> dict[str, Any]:
 
 def _num_bytes(form: WeightsFormat) -> int:
     num_elements = sum(prod(shape) for shape in hf_tensors(weight_table(form.hf_config)).values())
-    return num_elements * form.dtype.itemsize + SMALL_FILES_BYTES
+    copied = form.stored.carried.entries if form.stored.carried else ()
+    num_copied = sum(tensor_bytes(dtype, shape) for _, dtype, shape in copied)
+    return num_elements * form.dtype.itemsize + num_copied + SMALL_FILES_BYTES
 
 
 def _write_beside(
@@ -122,7 +131,9 @@ def _write_beside(
 ) -> list[WrittenFile]:
     return [
         *copy_beside_weights(form.source, folder),
-        write_json(folder, "config.json", with_dtype(form.hf_config, form.dtype)),
+        write_json(
+            folder, "config.json", saved_config(form.hf_config, form.dtype, stored=form.stored)
+        ),
         write_json(folder, "args.json", arguments),
     ]
 
@@ -147,7 +158,19 @@ def copy_beside_weights(source: Path, folder: Path) -> list[WrittenFile]:
     return copies
 
 
-def with_dtype(hf_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The config with the dtype of the saved tensors, under the key or keys that it uses."""
+def saved_config(
+    hf_config: Mapping[str, Any], dtype: torch.dtype | None, *, stored: StoredAs
+) -> dict[str, Any]:
+    """The config of saved weights.
+
+    Args:
+        hf_config: That of the source.
+        dtype: Dtype of the saved tensors, told under the key or keys that the config uses; None
+            where each has its own.
+        stored: The form that they are stored in.
+    """
+    kept = dict(hf_config) if stored.quantized else without_quantization(hf_config)
+    if dtype is None:
+        return kept
     keys = [key for key in _DTYPE_KEYS if key in hf_config] or ["dtype"]
-    return {**hf_config, **dict.fromkeys(keys, str(dtype).removeprefix("torch."))}
+    return {**kept, **dict.fromkeys(keys, str(dtype).removeprefix("torch."))}

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from mtrain.bridge.converted import ConvertedWeights, converted
+from mtrain.bridge.file_plan import fixed_dtypes
 from mtrain.bridge.fingerprint import fingerprint
 from mtrain.bridge.plan import Backend, hf_tensors
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.save import DTYPE_NAMES
 from mtrain.bridge.sources import StoredWeights
+from mtrain.bridge.storage.composed import composed
+from mtrain.bridge.storage.stored_as import StoredAs
 from mtrain.checkpoint.adapter import AdapterFormat, export_adapter
 from mtrain.checkpoint.convert import (
     Destination,
@@ -26,7 +29,7 @@ from mtrain.checkpoint.convert import (
     export_torch_dist_model,
     export_weights,
 )
-from mtrain.checkpoint.weights import with_dtype
+from mtrain.checkpoint.weights import saved_config
 from mtrain.cli.adapter_source import AdapterSource
 from mtrain.cli.joining import join, training_dtype
 from mtrain.cli.launch import Placement
@@ -135,14 +138,13 @@ def _export_model(
         assert adapter.stored is not None, "an export makes no new adapter"
         weights = merge_weights(weights, adapter.stored)
     wanted = _wanted_dtype(config, source)
-    dtypes = {
-        name: wanted or source.weights.tensors[name].dtype for name in hf_tensors(source.table)
-    }
+    form = source.stored_as(keeps_fp8=config.checkpoint.fp8_export)
+    dtypes = _dtypes(source, weights, form, wanted=wanted)
     result = converted(weights, dtypes)
-    described = ModelDescription(folder=source.folder, hf_config=_hf_config(config, source))
+    described = ModelDescription(folder=source.folder, hf_config=_hf_config(config, source, form))
     if config.export.to_hf:
         size = config.checkpoint.max_shard_bytes
-        export_weights(result, to, described=described, max_shard_size=size)
+        export_weights(composed(result, form), to, described=described, max_shard_size=size)
     else:
         is_same = adapter is None and not wanted
         own = source.fingerprint() if is_same else fingerprint(converted(weights, dtypes))
@@ -151,6 +153,21 @@ def _export_model(
         )
     _warn_of_overflows(result, to.world)
     return result
+
+
+def _dtypes(
+    source: ModelSource, weights: StoredWeights, form: StoredAs, *, wanted: str | None
+) -> dict[str, str]:
+    """Dtype of each tensor of the result; what is quantised is not rounded before."""
+    holder, fixed = form.by_canonical(), fixed_dtypes(source.table)
+    dtypes = {}
+    for name in hf_tensors(source.table):
+        stored_name = holder[name].name if name in holder else name
+        if form.is_quantized(stored_name):
+            dtypes[name] = weights.tensors[name].dtype
+        else:
+            dtypes[name] = fixed.get(name) or wanted or source.weights.tensors[name].dtype
+    return dtypes
 
 
 def _export_adapter(
@@ -211,10 +228,11 @@ def _wanted_dtype(config: ExportConfig, source: ModelSource) -> str | None:
     return DTYPE_NAMES[training_dtype(config.model, source.hf_config)]
 
 
-def _hf_config(config: ExportConfig, source: ModelSource) -> Mapping[str, Any]:
-    if config.model.torch_dtype is None:
-        return source.hf_config
-    return with_dtype(source.hf_config, training_dtype(config.model, source.hf_config))
+def _hf_config(config: ExportConfig, source: ModelSource, form: StoredAs) -> Mapping[str, Any]:
+    dtype = None
+    if config.model.torch_dtype is not None:
+        dtype = training_dtype(config.model, source.hf_config)
+    return saved_config(source.hf_config, dtype, stored=form)
 
 
 def _warn_of_overflows(weights: ConvertedWeights, world: World) -> None:

@@ -18,6 +18,9 @@ from mtrain.bridge.plan import Backend, plan_rank
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.sources import StoredWeights
+from mtrain.bridge.storage.arranged import ArrangedWeights, arranged
+from mtrain.bridge.storage.quantization import fp8_blocks
+from mtrain.bridge.storage.stored_as import StoredAs, stored_as, stored_natively
 from mtrain.config import ModelConfig, ParallelConfig
 from mtrain.config.model_checks import check_model_folder, read_hf_config
 from mtrain.config.path_checks import local_config_folder
@@ -38,7 +41,8 @@ class ModelSource:
         hf_config: Its config.json with the overrides of the user applied.
         family: Its family.
         table: Its weights.
-        weights: The tensors in its files.
+        weights: Its tensors, by their canonical names.
+        files: The same with the form that its Hugging Face files hold them in; None for torch_dist.
         mcore_folder: The torch_dist folder that these are in; None for Hugging Face files, which
             are in `folder`.
     """
@@ -48,12 +52,31 @@ class ModelSource:
     family: Family
     table: WeightTable
     weights: StoredWeights
+    files: ArrangedWeights | None = None
     mcore_folder: Path | None = None
 
     def fingerprint(self) -> str:
         """What adapters know the model by."""
         stored = self.mcore_folder and read_base_model(self.mcore_folder)
         return stored or fingerprint(self.weights)
+
+    def stored_as(self, *, keeps_fp8: bool) -> StoredAs:
+        """The form to save its weights in: the one that they were loaded from.
+
+        Args:
+            keeps_fp8: Whether what was stored in 8-bit floats is stored in them again.
+
+        Raises:
+            ValueError: Nothing was.
+        """
+        if self.files is not None:
+            return stored_as(self.files, self.table, keeps_fp8=keeps_fp8)
+        if keeps_fp8:
+            raise ValueError(
+                f"--fp8_export true: {self.mcore_folder} has no weights in 8-bit floats to take "
+                "the form from; drop it"
+            )
+        return stored_natively(self.table)
 
 
 def parallel_layout(parallel: ParallelConfig, *, world_size: int) -> ParallelLayout:
@@ -103,7 +126,11 @@ def open_source(
         rank = pp_rank * (world_size // layout.pp_size)
         plan_rank(table, layout=layout, rank=rank, backend="torch")
     mcore_folder = None if model.mcore_model is None else Path(model.mcore_model).expanduser()
-    weights = _open_weights(folder, mcore_folder, table)
+    files: ArrangedWeights | None = None
+    if mcore_folder is None:
+        files = arranged(open_checkpoint(folder), table, blocks=fp8_blocks(hf_config))
+    weights = files if mcore_folder is None else _open_torch_dist(mcore_folder, table)
+    assert weights is not None, "one of the two"
     check_checkpoint(table, weights)
     return ModelSource(
         folder=folder,
@@ -111,13 +138,12 @@ def open_source(
         family=family,
         table=table,
         weights=weights,
+        files=files,
         mcore_folder=mcore_folder,
     )
 
 
-def _open_weights(folder: Path, mcore_folder: Path | None, table: WeightTable) -> StoredWeights:
-    if mcore_folder is None:
-        return open_checkpoint(folder)
+def _open_torch_dist(mcore_folder: Path, table: WeightTable) -> StoredWeights:
     # Here, not above: it imports torch, which the process that starts ranks does without.
     from mtrain.checkpoint.torch_dist.folder import open_torch_dist_model
 

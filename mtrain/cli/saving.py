@@ -278,6 +278,7 @@ def _model_contents(run: TrainingRun, open_file: OpenFile) -> Contents:
             backend=run.backend,
             dtype=chunks[0].config.params_dtype,
             max_shard_size=run.config.checkpoint.max_shard_bytes,
+            stored=source.stored_as(keeps_fp8=run.config.checkpoint.fp8_export),
         ),
         arguments=config_to_dict(run.config),
         state=run.state,

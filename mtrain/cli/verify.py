@@ -80,6 +80,47 @@ def open_folder(folder: Path) -> StoredWeights:
     return Checkpoint(folder=folder, tensors=read_header(adapter))
 
 
+def open_for_comparison(first: Path, second: Path) -> tuple[StoredWeights, StoredWeights]:
+    """Opens two folders so that the same weights have the same names.
+
+    Models whose files hold them in different forms are shown by canonical names, without
+    quantisation; all others as they are.
+
+    Args:
+        first: As for `open_folder`.
+        second: Likewise.
+
+    Raises:
+        ValueError: As for `open_folder`.
+    """
+    a, b = open_folder(first), open_folder(second)
+    if a.tensors.keys() == b.tensors.keys():
+        return a, b
+    return _canonical(a), _canonical(b)
+
+
+def _canonical(weights: StoredWeights) -> StoredWeights:
+    """Hugging Face files of a known family by canonical names; anything else as it is."""
+    from mtrain.bridge.plan import weight_table
+    from mtrain.bridge.safetensors_folder import Checkpoint
+    from mtrain.bridge.storage.arranged import arranged
+    from mtrain.bridge.storage.quantization import fp8_blocks
+    from mtrain.config.model_checks import read_hf_config
+    from mtrain.lora.peft_format import WEIGHTS_FILE
+
+    folder = weights.folder
+    is_model = isinstance(weights, Checkpoint) and not (folder / WEIGHTS_FILE).is_file()
+    if not is_model or not (folder / "config.json").is_file():
+        return weights
+    hf_config = read_hf_config(folder)
+    try:
+        table = weight_table(hf_config)
+    except ValueError:
+        # Of a family that is not built the names in the files are all there is.
+        return weights
+    return arranged(weights, table, blocks=fp8_blocks(hf_config))
+
+
 def _checkpoint_folder(path: Path) -> Path:
     """The folder itself, or the latest checkpoint of a run."""
     folder = path.expanduser()
@@ -108,7 +149,7 @@ def _compare(first: Path, second: Path) -> int:
     from mtrain.verify.compare import Verdict, compare_checkpoints
 
     found: dict[Verdict, list[str]] = {}
-    for result in compare_checkpoints(open_folder(first), open_folder(second)):
+    for result in compare_checkpoints(*open_for_comparison(first, second)):
         found.setdefault(result.verdict, []).append(f"{result.name}: {result.text}")
     num_equal = len(found.pop("equal", ()))
     for verdict, texts in found.items():

@@ -44,6 +44,9 @@ class CheckpointConfig:
     save_total_limit: int | None = flag(None, "Checkpoints kept; default: all.", minimum=1)
     save_safetensors: bool = flag(True, "Save Hugging Face safetensors.")
     max_shard_size: str = flag("5GB", "Largest safetensors file, e.g. 5GB or 500MB.")
+    fp8_export: bool = flag(
+        False, "Save 8-bit weights again as 8-bit floats in blocks, not as bfloat16."
+    )
     save_missing_weights: bool = flag(
         False, "Copy weights of the source that mtrain does not train into the result."
     )

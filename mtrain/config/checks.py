@@ -41,6 +41,7 @@ def check_sft(config: SftConfig, *, world_size: int) -> None:
     _check_recompute(config.training)
     _check_schedule(config.optimizer, train_iters=config.training.train_iters)
     _check_shard_size(config.checkpoint.max_shard_size)
+    _check_fp8_training(config)
     _check_world_size(config.parallel, world_size=world_size)
     _check_optimizer(config.optimizer, config.parallel)
     _check_batches(config.training, config.parallel, world_size=world_size)
@@ -80,8 +81,33 @@ def check_export(config: ExportConfig, *, world_size: int) -> None:
     _check_one_adapter(config.tuner)
     if config.export.test_convert_precision:
         _check_precision_test(config)
+    _check_fp8_export(config)
     _check_shard_size(config.checkpoint.max_shard_size)
     _check_world_size(config.parallel, world_size=world_size)
+
+
+def _check_fp8_training(config: SftConfig) -> None:
+    """8-bit floats are a form of whole weights, and too coarse for training to go on from."""
+    if not config.checkpoint.fp8_export:
+        return
+    if config.tuner.tuner_type == "full":
+        if not config.checkpoint.no_save_optim:
+            raise ValueError(
+                "--fp8_export true: a run cannot go on bit for bit from 8-bit weights; add "
+                "--no_save_optim true"
+            )
+    elif not config.tuner.merge_lora:
+        raise ValueError("--fp8_export true: an adapter is not saved in 8 bits; add --merge_lora")
+
+
+def _check_fp8_export(config: ExportConfig) -> None:
+    if not config.checkpoint.fp8_export:
+        return
+    if config.export.to_mcore:
+        raise ValueError("--fp8_export true: torch_dist has no 8-bit weights; use --to_hf true")
+    tuner = config.tuner
+    if (tuner.adapters or tuner.mcore_adapter) and not tuner.merge_lora:
+        raise ValueError("--fp8_export true: an adapter is not saved in 8 bits; use --merge_lora")
 
 
 def _check_base(config: SftConfig | ExportConfig) -> None:

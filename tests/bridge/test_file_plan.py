@@ -38,7 +38,7 @@ def test_every_tensor_is_in_one_file_whose_group_holds_all_of_it(name, sizes):
             {piece.hf_name: p.split_over for p in plan if not p.is_duplicate for piece in p.pieces}
         )
     files = files_for(name, layout)
-    names = [name for file in files for name, _ in file.tensors]
+    names = [name for file in files for name, _, _ in file.tensors]
     assert sorted(names) == sorted(hf_tensors(table))
     for file in files:
         size = layout.tp_size if file.group == "tp" else layout.etp_size
@@ -46,7 +46,7 @@ def test_every_tensor_is_in_one_file_whose_group_holds_all_of_it(name, sizes):
         index = [c.tp_rank if file.group == "tp" else c.etp_rank for c in at]
         assert index == list(range(size))
         assert file.writer in file.members
-        for tensor, _ in file.tensors:
+        for tensor, _, _ in file.tensors:
             assert all(tensor in held[rank] for rank in file.members)
 
 
@@ -54,7 +54,7 @@ def test_every_tensor_is_in_one_file_whose_group_holds_all_of_it(name, sizes):
 def test_files_stay_below_the_limit_unless_one_tensor_is_larger(sizes):
     files = files_for("qwen3_moe", ParallelLayout(**sizes))
     for file in files:
-        assert file.num_bytes == sum(4 * prod(shape) for _, shape in file.tensors)
+        assert file.num_bytes == sum(4 * prod(shape) for _, _, shape in file.tensors)
         assert file.num_bytes <= 50_000
     for file in files_for("qwen3_moe", ParallelLayout(**sizes), max_shard_size=1):
         assert len(file.tensors) == 1
@@ -70,7 +70,7 @@ def test_names_are_those_of_the_hub():
 
 def test_one_rank_writes_the_tensors_in_the_order_of_the_model():
     files = files_for("qwen3_moe", ParallelLayout())
-    names = [name for file in files for name, _ in file.tensors]
+    names = [name for file in files for name, _, _ in file.tensors]
     assert names == list(hf_tensors(weight_table(tiny_config("qwen3_moe"))))
 
 
