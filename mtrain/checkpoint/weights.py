@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from mtrain.bridge.gather import TensorLookup
-from mtrain.bridge.plan import Backend, hf_tensors, weight_table
+from mtrain.bridge.plan import Backend, hf_tensors
+from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_header import tensor_bytes
 from mtrain.bridge.safetensors_writer import OpenFile
 from mtrain.bridge.save import save_weights
@@ -58,6 +59,7 @@ class WeightsFormat:
     Attributes:
         source: Folder that the model was loaded from.
         hf_config: Its config.json.
+        table: Its weights.
         backend: Spelling of the norms in the chunks.
         dtype: Dtype of the saved tensors.
         max_shard_size: Most bytes of tensors in a file.
@@ -66,6 +68,7 @@ class WeightsFormat:
 
     source: Path
     hf_config: Mapping[str, Any]
+    table: WeightTable
     backend: Backend
     dtype: torch.dtype
     max_shard_size: int
@@ -94,7 +97,7 @@ def weights_contents(
         weights = save_weights(
             lookup,
             folder,
-            table=weight_table(form.hf_config),
+            table=form.table,
             state=state,
             backend=form.backend,
             dtype=form.dtype,
@@ -120,7 +123,7 @@ def _source(form: WeightsFormat) -> dict[str, Any]:
 
 
 def _num_bytes(form: WeightsFormat) -> int:
-    num_elements = sum(prod(shape) for shape in hf_tensors(weight_table(form.hf_config)).values())
+    num_elements = sum(prod(shape) for shape in hf_tensors(form.table).values())
     copied = form.stored.carried.entries if form.stored.carried else ()
     num_copied = sum(tensor_bytes(dtype, shape) for _, dtype, shape in copied)
     return num_elements * form.dtype.itemsize + num_copied + SMALL_FILES_BYTES

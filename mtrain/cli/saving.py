@@ -275,6 +275,7 @@ def _model_contents(run: TrainingRun, open_file: OpenFile) -> Contents:
         form=WeightsFormat(
             source=source.folder,
             hf_config=source.hf_config,
+            table=source.table,
             backend=run.backend,
             dtype=chunks[0].config.params_dtype,
             max_shard_size=run.config.checkpoint.max_shard_bytes,

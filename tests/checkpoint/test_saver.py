@@ -87,6 +87,7 @@ def contents_of_run(open_file: OpenFile, *, state: ParallelState, source: Path) 
         form=WeightsFormat(
             source=source,
             hf_config=hf_config,
+            table=weight_table(hf_config),
             backend="torch",
             dtype=torch.float32,
             max_shard_size=100_000,

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from mtrain.bridge.plan import weight_table
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.safetensors_writer import OpenFile
 from mtrain.bridge.save import lookup_in
@@ -53,6 +54,7 @@ def save(
     form = WeightsFormat(
         source=source,
         hf_config=read_config(source),
+        table=weight_table(read_config(source)),
         backend="torch",
         dtype=dtype,
         max_shard_size=100_000,

@@ -7,7 +7,8 @@ reads or writes files translates; nobody else knows of forms. No torch here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 RowOrder = Literal["concatenated", "interleaved"]
@@ -99,4 +100,30 @@ def transposed(*names: str) -> tuple[StorageForm, ...]:
     return tuple(
         StorageForm(stored=name, parts=(name,), is_transposed=True, is_native=True)
         for name in names
+    )
+
+
+def without_prefix(
+    prefix: str, names: Iterable[str], forms: Iterable[StorageForm] = ()
+) -> tuple[StorageForm, ...]:
+    """The tensors of a model whose files leave out what all names begin with.
+
+    Source: transformers adds and drops `base_model_prefix` when it loads; the files of GPT-2 on the
+    hub are those of the model inside.
+
+    Args:
+        prefix: What is left out, e.g. "transformer.".
+        names: Names of canonical tensors, open or not; those without it are skipped.
+        forms: Other forms that some of them are in, which they keep.
+    """
+    others = [form for form in forms if form.stored.startswith(prefix)]
+    covered = {part for form in others for part in form.parts}
+    plain = [
+        StorageForm(stored=name, parts=(name,))
+        for name in dict.fromkeys(names)
+        if name.startswith(prefix) and name not in covered
+    ]
+    return tuple(
+        replace(form, stored=form.stored.removeprefix(prefix), is_native=False)
+        for form in (*plain, *others)
     )

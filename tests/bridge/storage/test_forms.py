@@ -1,4 +1,4 @@
-from mtrain.bridge.storage.forms import StorageForm, stacked_experts, transposed
+from mtrain.bridge.storage.forms import StorageForm, stacked_experts, transposed, without_prefix
 
 
 def test_stacked_experts_have_gate_and_up_in_one_tensor():
@@ -43,3 +43,12 @@ def test_a_transposed_weight_keeps_its_name():
     assert (first.stored, first.parts, first.is_transposed) == ("a.weight", ("a.weight",), True)
     assert second.stored == "b.weight"
     assert not first.has_experts
+
+
+def test_names_without_their_prefix_keep_the_form_of_what_has_it():
+    names = ("t.a.{layer}.weight", "t.b", "head.weight", "t.b")
+    forms = transposed("t.a.{layer}.weight")
+    assert without_prefix("t.", names, forms) == (
+        StorageForm(stored="b", parts=("t.b",)),
+        StorageForm(stored="a.{layer}.weight", parts=("t.a.{layer}.weight",), is_transposed=True),
+    )
