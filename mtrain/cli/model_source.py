@@ -18,9 +18,9 @@ from mtrain.bridge.plan import Backend, plan_rank
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.sources import StoredWeights
-from mtrain.bridge.storage.arranged import ArrangedWeights, arranged
 from mtrain.bridge.storage.quantization import fp8_blocks
 from mtrain.bridge.storage.stored_as import StoredAs, stored_as, stored_natively
+from mtrain.bridge.storage.view import ArrangedWeights, arranged
 from mtrain.config import ModelConfig, ParallelConfig
 from mtrain.config.model_checks import check_model_folder, read_hf_config
 from mtrain.config.path_checks import local_config_folder

@@ -103,8 +103,8 @@ def _canonical(weights: StoredWeights) -> StoredWeights:
     """Hugging Face files of a known family by canonical names; anything else as it is."""
     from mtrain.bridge.plan import weight_table
     from mtrain.bridge.safetensors_folder import Checkpoint
-    from mtrain.bridge.storage.arranged import arranged
     from mtrain.bridge.storage.quantization import fp8_blocks
+    from mtrain.bridge.storage.view import arranged
     from mtrain.config.model_checks import read_hf_config
     from mtrain.lora.peft_format import WEIGHTS_FILE
 

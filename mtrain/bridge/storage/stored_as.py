@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from mtrain.bridge.ledger import carried_names
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.sources import StoredShape, StoredWeights
-from mtrain.bridge.storage.arranged import ArrangedWeights
 from mtrain.bridge.storage.arrangement import Arrangement, Shape, native_arrangements
 from mtrain.bridge.storage.decoded import FP8, SCALE_SUFFIX
 from mtrain.bridge.storage.quantization import Fp8Blocks
+from mtrain.bridge.storage.view import ArrangedWeights
 
 Entry = tuple[str, str, Shape]
 

@@ -14,10 +14,10 @@ from mtrain.bridge.rules import HFTensor, IgnoredKey, Interleaved, Rule, WeightT
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.save import lookup_in, save_weights
 from mtrain.bridge.slices import tensors_by_name
-from mtrain.bridge.storage.arranged import arranged
 from mtrain.bridge.storage.forms import StorageForm, stacked_experts, transposed
 from mtrain.bridge.storage.quantization import Fp8Blocks
 from mtrain.bridge.storage.stored_as import stored_as
+from mtrain.bridge.storage.view import arranged
 from tests.bridge.standin import make_chunks
 from tests.tiny import tiny_config
 

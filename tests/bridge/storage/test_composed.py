@@ -7,10 +7,10 @@ from mtrain.bridge.convert import write_weights
 from mtrain.bridge.converted import converted
 from mtrain.bridge.plan import hf_tensors
 from mtrain.bridge.safetensors_folder import open_checkpoint
-from mtrain.bridge.storage.arranged import arranged
 from mtrain.bridge.storage.arrangement import Arrangement
 from mtrain.bridge.storage.composed import ComposedSlices, composed
 from mtrain.bridge.storage.stored_as import CANONICAL, stored_as, stored_natively
+from mtrain.bridge.storage.view import arranged
 from tests.bridge.storage.checkpoints import (
     OTHERS,
     assert_same_bytes,

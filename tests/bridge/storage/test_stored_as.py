@@ -5,9 +5,9 @@ import torch
 
 from mtrain.bridge.rules import IgnoredKey
 from mtrain.bridge.safetensors_folder import open_checkpoint
-from mtrain.bridge.storage.arranged import arranged
 from mtrain.bridge.storage.arrangement import as_it_is
 from mtrain.bridge.storage.stored_as import CANONICAL, StoredAs, stored_as, stored_natively
+from mtrain.bridge.storage.view import arranged
 from tests.bridge.storage.checkpoints import (
     gpt_oss_table,
     qwen3_moe,

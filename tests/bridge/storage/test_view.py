@@ -9,8 +9,8 @@ from mtrain.bridge.fingerprint import fingerprint
 from mtrain.bridge.ledger import check_checkpoint
 from mtrain.bridge.plan import hf_tensors
 from mtrain.bridge.safetensors_folder import open_checkpoint
-from mtrain.bridge.storage.arranged import arranged
 from mtrain.bridge.storage.forms import stacked_experts
+from mtrain.bridge.storage.view import arranged
 from tests.bridge.storage.checkpoints import (
     EXPERTS,
     HIDDEN,
