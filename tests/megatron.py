@@ -31,16 +31,20 @@ def load_model(
     moe: MoEConfig | None = None,
     backend: str = "torch",
     weights: StoredWeights | None = None,
+    sequence_parallel: bool | None = None,
+    num_next_tokens: int = 0,
 ) -> list[LanguageModel]:
     """The chunks of this rank with the weights of a checkpoint, or with others that fit it."""
     hf_config = read_config(folder)
-    described = find_family(hf_config).megatron_config(hf_config)
+    described = find_family(hf_config).megatron_config(hf_config, num_next_tokens)
     layout = state.layout
+    if sequence_parallel is None:
+        sequence_parallel = layout.tp_size > 1
     config = transformer_config(
         described,
         layout,
         model=ModelConfig(),
-        parallel=ParallelConfig(sequence_parallel=layout.tp_size > 1),
+        parallel=ParallelConfig(sequence_parallel=sequence_parallel),
         training=training or TrainingConfig(),
         moe=moe or MoEConfig(),
         dtype=dtype,
@@ -50,7 +54,7 @@ def load_model(
     load_weights(
         chunks,
         weights or open_checkpoint(folder),
-        table=weight_table(hf_config),
+        table=weight_table(hf_config, num_next_tokens),
         layout=layout,
         rank=state.rank,
         backend=backend,

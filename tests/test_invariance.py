@@ -95,7 +95,7 @@ def loss_of(result, state):
 
 def train_three_steps(state, folder: Path, lengths, output: Path, parallel: ParallelConfig):
     moe = MoEConfig(moe_aux_loss_coeff=(0.01,), moe_z_loss_coeff=0.001)
-    bare = load_model(state, folder, moe=moe)
+    bare = load_model(state, folder, moe=moe, sequence_parallel=parallel.sequence_parallel)
     chunks = wrap_chunks(bare, parallel=parallel, grad_reduce_in_fp32=True)
     optimizer = build_optimizer(chunks, OPTIMIZER)
     scheduler = build_scheduler(optimizer, OPTIMIZER, total_steps=STEPS)
@@ -135,10 +135,10 @@ def one_rank(tmp_path_factory):
     """Runs on one rank, made once for each model and kind of batch."""
     made = {}
 
-    def get(name, lengths):
-        key = (name, str(lengths))
+    def get(name, lengths, **changes):
+        key = (name, str(lengths), str(changes))
         if key not in made:
-            folder = make_checkpoint(tmp_path_factory.mktemp(name), name)
+            folder = make_checkpoint(tmp_path_factory.mktemp(name), name, **changes)
             output = tmp_path_factory.mktemp("one_rank") / "out"
             made[key] = folder, train_on(ParallelLayout(), folder, lengths, output)
         return made[key]
@@ -164,6 +164,18 @@ CASES = [
     *(("llama", name, DENSE_LAYOUTS[name]) for name in ("tp2_dp2", "pp2_vpp2")),
     *(("qwen3_moe", name, sizes) for name, sizes in MOE_LAYOUTS.items()),
     *(("qwen3_moe_mixed", name, MOE_LAYOUTS[name]) for name in ("pp2_vpp2", "tp2_pp2_ep2")),
+    *((model, "tp2_pp2", DENSE_LAYOUTS["tp2_pp2"]) for model in ("glm4", "gemma3", "phi3", "gpt2")),
+    ("glm4", "tp4_more_ranks_than_groups", DENSE_LAYOUTS["tp4_more_ranks_than_groups"]),
+    ("gpt2", "pp2_vpp2", DENSE_LAYOUTS["pp2_vpp2"]),
+    *(
+        (model, name, MOE_LAYOUTS[name])
+        for model in ("deepseek_v3", "gpt_oss_moe", "qwen3_next_moe")
+        for name in ("tp2", "tp2_etp2_ep2", "pp2_vpp2")
+    ),
+    *(
+        (model, "tp2_pp2_ep2", MOE_LAYOUTS["tp2_pp2_ep2"])
+        for model in ("mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3_groups", "glm4_moe")
+    ),
 ]
 
 
@@ -192,6 +204,14 @@ def test_micro_batches_of_different_lengths_do_not_depend_on_the_layout(
     """T40 without packing: pipeline stages have to tell each other the lengths."""
     folder, expected = one_rank(model, UNPACKED)
     assert_same(train_on(sizes, folder, UNPACKED, tmp_path / "out"), expected, folder)
+
+
+def test_latent_attention_needs_no_sequence_parallelism(one_rank, tmp_path):
+    """Ranks then sum the gradient of the keys that their heads share."""
+    folder, expected = one_rank("deepseek_v3", PACKED, first_k_dense_replace=4)
+    parallel = ParallelConfig(sequence_parallel=False)
+    sizes = DENSE_LAYOUTS["tp2_pp2"]
+    assert_same(train_on(sizes, folder, PACKED, tmp_path / "out", parallel), expected, folder)
 
 
 OPTIONS = {

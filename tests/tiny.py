@@ -161,7 +161,7 @@ TINY: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "query_pre_attn_scalar": 24,
         "sliding_window": 8,
-        "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding")],
+        "sliding_window_pattern": 3,
         "tie_word_embeddings": True,
     },
     "phi3": {"model_type": "phi3", "pad_token_id": 0},
@@ -184,6 +184,29 @@ TINY: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [1],
     },
 }
+# Plain tables, for tests that write down themselves what lies where.
+LLAMA_LIKE = (
+    "llama",
+    "llama3_tied",
+    "mistral",
+    "qwen2",
+    "qwen2_tied",
+    "qwen3",
+    "qwen3_tied",
+    "qwen3_moe",
+    "qwen3_moe_mixed",
+)
+# One of each kind of table: for tests that take long.
+DISTINCT = (
+    "llama3_tied",
+    "qwen2",
+    "qwen3_moe_mixed",
+    "deepseek_v3_groups",
+    "glm4",
+    "gpt_oss_moe",
+    "qwen3_next_moe",
+    "gpt2",
+)
 # Names with experts; a family may have experts whatever its name says.
 MOE = tuple(name for name in TINY if any("experts" in key for key in TINY[name]))
 DENSE = tuple(name for name in TINY if name not in MOE)

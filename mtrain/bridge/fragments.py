@@ -57,11 +57,12 @@ def cut_parameter(parameter: ParameterPlan, *, start: int, stop: int) -> list[Fr
         Fragments in the order of their elements, at most three.
     """
     pieces, shape = _stacked(parameter)
-    num_columns = prod(shape[1:])
+    *between, num_columns = shape[1:] or (1,)
+    assert prod(between) == 1, f"{parameter.name}: {parameter.shape}"
     fragments: list[Fragment] = []
     offset = 0
     for rectangle in _rectangles(num_columns, start=start, stop=stop):
-        size = (rectangle.num_rows, rectangle.num_columns)
+        size = (rectangle.num_rows, *between, rectangle.num_columns)
         plan = replace(
             parameter,
             name=f"{parameter.name}[{len(fragments)}]",
@@ -80,7 +81,6 @@ def _stacked(parameter: ParameterPlan) -> tuple[list[Piece], Shape]:
         num_experts, num_rows, *columns = shape
         shape = (num_experts * num_rows, *columns)
         pieces = [_shifted(piece, num_rows) for piece in pieces]
-    assert len(shape) <= 2, f"{parameter.name}: {parameter.shape}"
     return pieces, shape
 
 
@@ -104,16 +104,16 @@ def _rectangles(num_columns: int, *, start: int, stop: int) -> Iterator[_Rectang
 
 def _within(piece: Piece, rectangle: _Rectangle) -> Iterator[Piece]:
     """The part of a piece that lies in a rectangle, counted from its corner."""
-    limits = (
-        (rectangle.first_row, rectangle.num_rows),
-        (rectangle.first_column, rectangle.num_columns),
-    )
+    rows = (rectangle.first_row, rectangle.num_rows)
+    columns = (rectangle.first_column, rectangle.num_columns)
+    num_axes = len(piece.local)
+    limits = (rows,) if num_axes == 1 else (rows, *[(0, 1)] * (num_axes - 2), columns)
     axes = [
         [
             (theirs, ours.shifted(-first))
             for ours, theirs in clip(local, hf, start=first, stop=first + size)
         ]
-        for local, hf, (first, size) in zip(piece.local, piece.hf, limits, strict=False)
+        for local, hf, (first, size) in zip(piece.local, piece.hf, limits, strict=True)
     ]
     for spans in product(*axes):
         yield Piece(

@@ -19,12 +19,12 @@ from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.safetensors_header import read_header, tensor_bytes
 from mtrain.bridge.written import record_file
 from tests.lora.peft_folders import hf_model, table_of
-from tests.tiny import TINY, make_checkpoint
+from tests.tiny import DISTINCT, make_checkpoint
 
 LIMIT = 60_000
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=DISTINCT)
 def source(request, tmp_path_factory):
     """A checkpoint in one file, with at least one layer of each kind."""
     root = tmp_path_factory.mktemp(request.param)

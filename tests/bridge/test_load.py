@@ -12,7 +12,7 @@ from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.stages import chunk_layers
 from mtrain.parallel import ParallelLayout
 from tests.bridge.standin import make_chunks, random_tensors, write_checkpoint
-from tests.tiny import TINY, tiny_config
+from tests.tiny import LLAMA_LIKE, tiny_config
 
 LAYOUTS = [
     {},
@@ -118,7 +118,7 @@ def expected_chunks(hf, config, layout, rank):
     return chunks
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", LLAMA_LIKE)
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
 def test_every_rank_holds_what_megatron_expects(tmp_path, name, sizes):
     """T24, with more tensor-parallel ranks than query groups and an odd vocabulary."""

@@ -68,9 +68,10 @@ def count_owners(table, layout):
     for rank in range(layout.world_size):
         at = layout.coordinates(rank)
         for parameter in plan_rank(table, layout=layout, rank=rank, backend="torch"):
-            is_expert = parameter.split_over == "etp"
+            is_expert = any(piece.expert is not None for piece in parameter.pieces)
             is_copy = at.edp_rank > 0 if is_expert else (at.dp_rank > 0 or at.cp_rank > 0)
-            is_replica = parameter.split_over is None and at.tp_rank > 0
+            shard = at.etp_rank if is_expert else at.tp_rank
+            is_replica = parameter.split_over is None and shard > 0
             if not (is_copy or is_replica or parameter.is_duplicate):
                 for piece in parameter.pieces:
                     add_boxes(counts[piece.hf_name], piece.hf)

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from mtrain.bridge.rules import Concatenated, Interleaved, Padded, Selected, Spaced, divided
+from mtrain.bridge.rules import (
+    Concatenated,
+    Interleaved,
+    Padded,
+    Regrouped,
+    Selected,
+    Spaced,
+    divided,
+)
+from mtrain.bridge.spans import Span
 
 
 def apply(layout, sources, *, num_shards, index):
@@ -138,3 +147,43 @@ def test_rows_that_do_not_divide_are_refused():
         Concatenated().shard((10,), num_shards=4, index=0)
     with pytest.raises(ValueError, match="equal parts"):
         Interleaved(2).shard((12, 4, 4), num_shards=3, index=0)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 6])
+def test_parts_of_one_tensor_are_arranged_like_tensors_of_their_own(num_shards):
+    """Queries, keys and values in one tensor (Phi-3): 6 heads of 2 rows in 3 groups."""
+    query, key, value = numbered(12, 6, 6)
+    parts = tuple((0, Span(start, size)) for start, size in ((0, 12), (12, 6), (18, 6)))
+    fused = Regrouped(Interleaved(3), parts)
+    for index in range(num_shards):
+        alone = apply(Interleaved(3), [query, key, value], num_shards=num_shards, index=index)
+        together = np.concatenate([query, key, value])
+        np.testing.assert_array_equal(
+            apply(fused, [together], num_shards=num_shards, index=index), alone
+        )
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+def test_a_query_and_a_gate_for_each_head_are_taken_apart(num_shards):
+    """4 heads of 3 rows in 2 groups: Megatron-Core has all queries of a group, then its gates."""
+    both, key, value = numbered(24, 6, 6)
+    heads = both.reshape(4, 2, 3, 1)
+    queries, gates = heads[:, 0].reshape(12, 1), heads[:, 1].reshape(12, 1)
+    parts = ((0, Span(0, 3, 4, 6)), (0, Span(3, 3, 4, 6)), (1, Span(0, 6)), (2, Span(0, 6)))
+    for index in range(num_shards):
+        np.testing.assert_array_equal(
+            apply(
+                Regrouped(Interleaved(2), parts),
+                [both, key, value],
+                num_shards=num_shards,
+                index=index,
+            ),
+            apply(
+                Interleaved(2), [queries, gates, key, value], num_shards=num_shards, index=index
+            ),
+        )
+
+
+def test_parts_that_leave_rows_out_are_a_bug():
+    with pytest.raises(AssertionError, match="rows left over"):
+        Regrouped(Concatenated(), ((0, Span(0, 3)),)).shard((4,), num_shards=1, index=0)

@@ -46,6 +46,11 @@ CASES = [
     *((name, DENSE_LAYOUTS[6]) for name in ("llama", "llama3_tied", "mistral", "qwen2")),
     *(("qwen3_moe_mixed", sizes) for sizes in [*DENSE_LAYOUTS[:-1], *MOE_LAYOUTS]),
     ("qwen3_moe", MOE_LAYOUTS[1]),
+    *((name, DENSE_LAYOUTS[6]) for name in ("glm4", "gemma3", "phi3", "gpt2", "deepseek_v2")),
+    *((name, DENSE_LAYOUTS[3]) for name in ("glm4", "phi3", "gpt2", "deepseek_v3")),
+    *((name, MOE_LAYOUTS[2]) for name in ("mixtral", "qwen2_moe", "glm4_moe", "gpt_oss_moe")),
+    *((name, MOE_LAYOUTS[5]) for name in ("deepseek_v3_groups", "qwen3_next_moe", "gpt_oss_moe")),
+    ("qwen3_next_moe", MOE_LAYOUTS[1]),
 ]
 
 

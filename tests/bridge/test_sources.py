@@ -21,7 +21,7 @@ from mtrain.lora.plan import adapter_table
 from mtrain.parallel import ParallelLayout
 from tests.lora.peft_folders import random_values, table_of, uniform_plan, write_adapter
 from tests.ranks import run_ranks
-from tests.tiny import TINY, make_checkpoint
+from tests.tiny import DISTINCT, make_checkpoint
 
 KINDS = ("checkpoint", "converted", "merged", "adapter", "torch_dist")
 LEAVES = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -70,7 +70,7 @@ class Formats:
 
     def _torch_dist(self):
         # In every other family two ranks share the work.
-        world_size = 1 + list(TINY).index(self.name) % 2
+        world_size = 1 + list(DISTINCT).index(self.name) % 2
         (self.root / "mcore").mkdir()
         run_ranks(
             ParallelLayout(world_size=world_size),
@@ -97,7 +97,7 @@ def write_torch_dist(state, source, target) -> None:
     )
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=DISTINCT)
 def formats(request, tmp_path_factory) -> Formats:
     return Formats(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -10,12 +10,12 @@ from mtrain.lora.adapter_weights import adapter_weights
 from mtrain.lora.peft_format import read_adapter
 from mtrain.lora.plan import adapter_table
 from tests.lora.peft_folders import random_values, table_of, uniform_plan, write_adapter
-from tests.tiny import TINY, make_checkpoint
+from tests.tiny import DISTINCT, make_checkpoint
 
 LEAVES = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=DISTINCT)
 def model(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     return make_checkpoint(root, request.param, num_hidden_layers=2)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mtrain.bridge.family import LayerArguments
 from mtrain.model import backends
 from mtrain.model.attention import PackedAttention
 from mtrain.model.backends import block_spec, choose_backend, spec_provider
@@ -46,7 +47,13 @@ def test_transformer_engine_that_cannot_be_used_is_refused(monkeypatch, has_gpu,
 def layers_of(state, name, changes):
     """(norm before attention, attention, norm before MLP, MLP or experts) of every layer."""
     del state
-    block = block_spec(config_of(name, **changes), spec_provider("torch"), vp_stage=None)
+    block = block_spec(
+        config_of(name, **changes),
+        spec_provider("torch"),
+        layers=LayerArguments(),
+        has_fused_rope=False,
+        vp_stage=None,
+    )
     result = []
     for layer in block.layer_specs:
         parts = layer.submodules

@@ -34,7 +34,12 @@ def _read_v3(hf_config: Mapping[str, Any]) -> Decoder:
                 f"{hf_config.get('model_type')}"
             )
     interleaved = boolean(hf_config, "rope_interleave", default=True)
-    return _read(hf_config, experts=sigmoid_experts(hf_config), is_interleaved=interleaved)
+    return _read(
+        hf_config,
+        experts=sigmoid_experts(hf_config, scaling=2.5),
+        is_interleaved=interleaved,
+        layers_of_next_tokens=next_tokens(hf_config),
+    )
 
 
 def _read_v2(hf_config: Mapping[str, Any]) -> Decoder:
@@ -42,7 +47,13 @@ def _read_v2(hf_config: Mapping[str, Any]) -> Decoder:
     return _read(hf_config, experts=_softmax_experts(hf_config), is_interleaved=True)
 
 
-def _read(hf_config: Mapping[str, Any], *, experts: Experts, is_interleaved: bool) -> Decoder:
+def _read(
+    hf_config: Mapping[str, Any],
+    *,
+    experts: Experts,
+    is_interleaved: bool,
+    layers_of_next_tokens: NextTokens | None = None,
+) -> Decoder:
     refuse(hf_config, "attention_bias", "biases of attention projections")
     rotary_dim = positive_int(hf_config, "qk_rope_head_dim")
     head_dim = positive_int(hf_config, "qk_nope_head_dim")
@@ -62,7 +73,7 @@ def _read(hf_config: Mapping[str, Any], *, experts: Experts, is_interleaved: boo
         attention=attention,
         rope=rope(hf_config, head_dim=rotary_dim, is_interleaved=is_interleaved),
         experts=experts if experts.layers else None,
-        next_tokens=next_tokens(hf_config),
+        next_tokens=layers_of_next_tokens,
     )
 
 
@@ -77,8 +88,12 @@ def _softmax_scale(hf_config: Mapping[str, Any], head_dim: int) -> float:
     return mscale * mscale / math.sqrt(head_dim)
 
 
-def sigmoid_experts(hf_config: Mapping[str, Any]) -> Experts:
+def sigmoid_experts(hf_config: Mapping[str, Any], *, scaling: float) -> Experts:
     """The experts of DeepSeek-V3, GLM-4.5 and others that took them over.
+
+    Args:
+        hf_config: The config.
+        scaling: Factor of the weights of experts where the config does not say.
 
     Raises:
         ValueError: A field is missing or asks for something that is not built.
@@ -92,6 +107,7 @@ def sigmoid_experts(hf_config: Mapping[str, Any]) -> Experts:
     chosen = whole_number(hf_config, "topk_group", 1)
     return _experts(
         hf_config,
+        scaling=scaling,
         renormalises=True,
         score_function="sigmoid",
         has_score_bias=True,
@@ -110,7 +126,7 @@ def _softmax_experts(hf_config: Mapping[str, Any]) -> Experts:
     groups, chosen = 1, 1
     if method == "group_limited_greedy":
         groups, chosen = positive_int(hf_config, "n_group"), positive_int(hf_config, "topk_group")
-    return _experts(hf_config, renormalises=False, **_group_choice(groups, chosen, scores=1))
+    return _experts(hf_config, scaling=1.0, renormalises=False, **_group_choice(groups, chosen, scores=1))
 
 
 def _group_choice(groups: int, chosen: int, *, scores: int) -> dict[str, Any]:
@@ -120,7 +136,7 @@ def _group_choice(groups: int, chosen: int, *, scores: int) -> dict[str, Any]:
     return {"num_groups": groups, "group_topk": chosen, "group_scores": scores}
 
 
-def _experts(hf_config: Mapping[str, Any], **facts: Any) -> Experts:
+def _experts(hf_config: Mapping[str, Any], *, scaling: float, **facts: Any) -> Experts:
     num_experts = positive_int(hf_config, "n_routed_experts", hf_config.get("num_local_experts"))
     topk = positive_int(hf_config, "num_experts_per_tok")
     check_topk(topk, num_experts, renormalises=False)
@@ -135,7 +151,7 @@ def _experts(hf_config: Mapping[str, Any], **facts: Any) -> Experts:
         ffn_hidden_size=width,
         topk=topk,
         layers=tuple(range(min(first, num_layers), num_layers)),
-        scaling=number(hf_config, "routed_scaling_factor", 1.0),
+        scaling=number(hf_config, "routed_scaling_factor", scaling),
         shared=SharedExperts(width=num_shared * width, name="mlp.shared_experts")
         if num_shared
         else None,
@@ -145,9 +161,8 @@ def _experts(hf_config: Mapping[str, Any], **facts: Any) -> Experts:
 
 def next_tokens(hf_config: Mapping[str, Any]) -> NextTokens | None:
     """Multi-token prediction as DeepSeek-V3 stores it: more layers behind the last one."""
-    num_next = whole_number(
-        hf_config, "num_nextn_predict_layers", hf_config.get("num_mtp_layers") or 0
-    )
+    given = hf_config.get("num_mtp_layers")
+    num_next = whole_number(hf_config, "num_nextn_predict_layers", 1 if given is None else given)
     if not num_next:
         return None
     num_layers = positive_int(hf_config, "num_hidden_layers")

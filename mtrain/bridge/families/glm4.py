@@ -38,7 +38,7 @@ def _read_experts(hf_config: Mapping[str, Any]) -> Decoder:
         hf_config,
         attention=attention,
         rope=rope(hf_config, head_dim=attention.head_dim, partial=_ROTARY_PART),
-        experts=sigmoid_experts(hf_config),
+        experts=sigmoid_experts(hf_config, scaling=1.0),
         next_tokens=next_tokens(hf_config),
     )
 

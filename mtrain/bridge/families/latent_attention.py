@@ -95,7 +95,9 @@ class LatentAttention:
             "v_head_dim": self.value_dim,
             # What the output projection takes of a head.
             "kv_channels": self.value_dim,
-            "qk_layernorm": True,
+            # There are norms, but not of heads: where this is true, Megatron-Core adds up over the
+            # tensor-parallel ranks the gradients of all that is called q_layernorm.
+            "qk_layernorm": False,
             "softmax_scale": self.softmax_scale,
             # Not looked at: cosines and sines are ours.
             "rope_type": "rope",
