@@ -127,7 +127,6 @@ class GatedDeltaNet(MegatronModule):
         chunks = cut_into_chunks(
             projected.shape[0],
             cu_seqlens=None if packed is None else packed.cu_seqlens_q,
-            max_seqlen=None if packed is None else packed.max_seqlen_q,
             device=projected.device,
         )
         mixed = checkpoint(

@@ -6,7 +6,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
     torch_recurrent_gated_delta_rule,
 )
 
-from mtrain.model.delta_rule import CHUNK_SIZE, cut_into_chunks, gated_delta_rule
+from mtrain.model.delta_rule import CHUNK_SIZE, _States, cut_into_chunks, gated_delta_rule
 
 KEY_HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM = 2, 6, 8, 12
 LENGTHS = [1, 2, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 3 * CHUNK_SIZE, 300]
@@ -17,6 +17,8 @@ PACKS = [
     [5, 300, 2, 140, 7],
     [200],
     [30, 0, 40, 0, 0, 100],
+    [128] * 4,
+    [1] * 130 + [700],
 ]
 
 
@@ -40,11 +42,9 @@ def boundaries(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def ours(inputs, cu_seqlens=None, max_seqlen=None):
+def ours(inputs, cu_seqlens=None):
     query, key, value, log_decay, beta = inputs
-    chunks = cut_into_chunks(
-        query.shape[0], cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, device=query.device
-    )
+    chunks = cut_into_chunks(query.shape[0], cu_seqlens=cu_seqlens, device=query.device)
     return gated_delta_rule(query, key, value, log_decay=log_decay, beta=beta, chunks=chunks)
 
 
@@ -89,15 +89,7 @@ def test_rows_equal_hugging_faces_chunks(length):
 @pytest.mark.parametrize("lengths", PACKS)
 def test_packed_documents_equal_each_document_alone(lengths):
     inputs = random_inputs(sum(lengths))
-    results = with_gradients(ours, inputs, boundaries(lengths), max(lengths))
-    assert_near(results, with_gradients(judged, inputs, lengths))
-
-
-@pytest.mark.parametrize("bound", [None, 71, 128, 1000])
-def test_any_bound_of_the_longest_document_gives_the_same(bound):
-    lengths = [70, 1, 71, 3, 66, 50]
-    inputs = random_inputs(sum(lengths))
-    results = with_gradients(ours, inputs, boundaries(lengths), bound)
+    results = with_gradients(ours, inputs, boundaries(lengths))
     assert_near(results, with_gradients(judged, inputs, lengths))
 
 
@@ -107,7 +99,7 @@ def test_padding_behind_the_documents_changes_none_of_them(padding):
     lengths = [70, 1, 60]
     total = sum(lengths)
     inputs = random_inputs(total + padding)
-    output = ours(inputs, boundaries(lengths), max(lengths))
+    output = ours(inputs, boundaries(lengths))
     assert torch.isfinite(output).all()
     assert_near([output[:total]], [judged([x[:total] for x in inputs], lengths)])
 
@@ -118,7 +110,7 @@ def test_another_first_document_changes_no_bit_of_the_others():
     for mine, other in zip(first, second, strict=True):
         other[100:] = mine[100:]
     second[3][:100] *= 1000  # decays that would swallow the digits of all sums they are in
-    results = [with_gradients(ours, x, boundaries(lengths), 130) for x in (first, second)]
+    results = [with_gradients(ours, x, boundaries(lengths)) for x in (first, second)]
     for mine, other in zip(*results, strict=True):
         assert torch.equal(mine[100:], other[100:])
         assert not torch.equal(mine[:100], other[:100])
@@ -127,7 +119,7 @@ def test_another_first_document_changes_no_bit_of_the_others():
 def test_the_gradient_of_a_document_reaches_no_other():
     lengths = [100, 20, 90, 130]
     inputs = [x.requires_grad_() for x in random_inputs(sum(lengths))]
-    output = ours(inputs, boundaries(lengths), 130)
+    output = ours(inputs, boundaries(lengths))
     for grad in torch.autograd.grad(output[120:210].sum(), inputs):
         assert torch.count_nonzero(grad[:120]) == 0
         assert torch.count_nonzero(grad[210:]) == 0
@@ -163,36 +155,23 @@ def test_shapes_follow_from_numbers_of_the_host():
     with FakeTensorMode():
         inputs = random_inputs(300)
         cu_seqlens = torch.empty(6, dtype=torch.int32)
-        assert with_gradients(ours, inputs, cu_seqlens, 256)[0].shape == (300, 1, 6, 12)
+        assert with_gradients(ours, inputs, cu_seqlens)[0].shape == (300, 1, 6, 12)
 
 
-@pytest.mark.parametrize("lengths", PACKS)
-def test_levels_hold_every_chunk_that_goes_on_from_an_earlier_one_once(lengths):
-    total = sum(lengths)
-    chunks = cut_into_chunks(
-        total, cu_seqlens=boundaries(lengths), max_seqlen=max(lengths), device=torch.device("cpu")
-    )
-    ends, starts = boundaries(lengths)[1:].tolist(), boundaries(lengths)[:-1].tolist()
-    spans = [(first, first + CHUNK_SIZE) for first in range(0, total, CHUNK_SIZE)]
-    going_on = [
-        chunk
-        for chunk, (first, end) in enumerate(spans)
-        if any(a < first and end <= b for a, b in zip(starts, ends, strict=True))
-    ]
-    found = torch.cat([torch.empty(0, dtype=torch.int64), *chunks.levels])
-    assert sorted(found[found > 0].tolist()) == going_on
-    assert len(found) <= len(spans) * (1 + len(spans).bit_length())
-
-
-def test_the_loop_is_as_long_as_the_longest_document_and_not_as_the_pack():
-    lengths = [129] * 10
-    arguments = {"cu_seqlens": boundaries(lengths), "device": torch.device("cpu")}
-    assert len(cut_into_chunks(1290, max_seqlen=129, **arguments).levels) == 2
-    assert len(cut_into_chunks(1290, max_seqlen=None, **arguments).levels) == 20
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 7, 9, 12, 40])
+def test_states_in_groups_equal_one_after_the_other(num_chunks):
+    generator = torch.Generator().manual_seed(0)
+    transition = torch.randn(num_chunks, 2, 3, 5, 5, generator=generator, dtype=torch.float64) / 4
+    transition[::5] = 0
+    contribution = torch.randn(num_chunks, 2, 3, 5, 4, generator=generator, dtype=torch.float64)
+    states = [torch.zeros_like(contribution[0])]
+    for a, b in zip(transition[:-1], contribution[:-1], strict=True):
+        states.append(a @ states[-1] + b)
+    torch.testing.assert_close(_States.apply(transition, contribution), torch.stack(states))
+    arguments = (transition.requires_grad_(), contribution.requires_grad_())
+    assert torch.autograd.gradcheck(_States.apply, arguments, fast_mode=True)
 
 
 def test_positions_count_from_each_documents_beginning():
-    chunks = cut_into_chunks(
-        9, cu_seqlens=boundaries([4, 1, 2]), max_seqlen=4, device=torch.device("cpu")
-    )
+    chunks = cut_into_chunks(9, cu_seqlens=boundaries([4, 1, 2]), device=torch.device("cpu"))
     assert chunks.positions.tolist() == [0, 1, 2, 3, 0, 0, 1, 0, 1]
