@@ -15,7 +15,10 @@ from pathlib import Path
 import torch
 
 from mtrain.bridge.plan import Backend
+from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.sources import StoredWeights
+from mtrain.bridge.storage.quantization import fp8_blocks
+from mtrain.bridge.storage.view import arranged
 from mtrain.checkpoint.folder import write_atomically
 from mtrain.checkpoint.torch_dist.folder import open_torch_dist_model, read_torch_dist_adapter
 from mtrain.cli.adapter_source import AdapterSource
@@ -114,6 +117,8 @@ def _sides(
     exported: StoredWeights | None,
     folder: Path,
 ) -> _Sides:
+    # What was quantised is rounded to bfloat16, here and there.
+    decoded = torch.bfloat16 if source.files and source.files.decoded.codes else None
     stored_dtype = None
     peft_folder: Path | None = None
     weights = source.weights if exported is None else exported
@@ -122,16 +127,21 @@ def _sides(
         if exported is not None:
             weights, adapter = open_torch_dist_model(folder, source.table), None
             wanted = config.model.torch_dtype
-            stored_dtype = None if wanted is None else getattr(torch, wanted)
+            stored_dtype = decoded or (None if wanted is None else getattr(torch, wanted))
         else:
             assert adapter is not None, "an export has weights or an adapter"
-            peft_folder = Path(config.tuner.adapters[0]).expanduser()
+            peft_folder, stored_dtype = Path(config.tuner.adapters[0]).expanduser(), decoded
             stored = read_torch_dist_adapter(folder, source.table)
             adapter = dataclasses.replace(adapter, stored=stored)
     elif exported is not None:
         hf_folder, adapter = folder, None
+        if config.checkpoint.fp8_export:
+            # It is rounded to 8 bits, and has to be read as that.
+            blocks = fp8_blocks(source.hf_config)
+            weights = arranged(open_checkpoint(folder), source.table, blocks=blocks)
+            stored_dtype = decoded
     else:
-        hf_folder, peft_folder = source.folder, folder
+        hf_folder, peft_folder, stored_dtype = source.folder, folder, decoded
     return _Sides(
         weights=weights,
         adapter=adapter,

@@ -9,11 +9,18 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    FineGrainedFP8Config,
+    Mxfp4Config,
+    PreTrainedModel,
+)
 
 from mtrain.verify.precision import ModelOutputs
 from mtrain.verify.texts import TokenText
@@ -151,9 +158,30 @@ def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         trust_remote_code=False,
         local_files_only=True,
         output_loading_info=True,
+        **_without_quantization(folder),
     )
     _refuse(folder, missing=found["missing_keys"], surplus=found["unexpected_keys"])
     return model
+
+
+def _without_quantization(folder: Path) -> dict[str, Any]:
+    """What makes transformers load quantised weights in the dtype that is asked for.
+
+    Without a GPU it does so by itself.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    # Only the configs of quantised models have it.
+    settings = vars(config).get("quantization_config") or {}
+    method, kept = settings.get("quant_method"), settings.get("modules_to_not_convert")
+    if method == "fp8":
+        return {
+            "quantization_config": FineGrainedFP8Config(
+                dequantize=True, modules_to_not_convert=kept
+            )
+        }
+    if method == "mxfp4":
+        return {"quantization_config": Mxfp4Config(dequantize=True, modules_to_not_convert=kept)}
+    return {}
 
 
 def _attach_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:

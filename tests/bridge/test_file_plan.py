@@ -1,10 +1,15 @@
 import time
+from dataclasses import replace
 from math import prod
 
 import pytest
 
-from mtrain.bridge.file_plan import cut_by_size, file_name, plan_files
+from mtrain.bridge.file_plan import cut_by_size, file_name, fixed_dtypes, plan_files
 from mtrain.bridge.plan import hf_tensors, plan_rank, weight_table
+from mtrain.bridge.sources import TensorShape
+from mtrain.bridge.storage.arrangement import arrangements
+from mtrain.bridge.storage.forms import stacked_experts
+from mtrain.bridge.storage.stored_as import Carried, StoredAs
 from mtrain.parallel import ParallelLayout
 from tests.tiny import TINY, tiny_config
 
@@ -85,6 +90,60 @@ def test_experts_share_files_with_the_rest_where_one_group_holds_both():
     for sizes in ({}, {"world_size": 2, "tp_size": 2, "etp_size": 2}):
         files = files_for("qwen3_moe", ParallelLayout(**sizes), max_shard_size=10**9)
         assert [file.group for file in files] == ["tp"]
+
+
+def stacked_form(table):
+    """All experts of a layer in one tensor a projection."""
+    forms = stacked_experts("model.layers.{layer}.mlp.experts.")
+    return StoredAs(arrangements=tuple(a for form in forms for a in arrangements(table, form)))
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
+def test_stacked_experts_have_a_writer_whose_group_holds_all_of_them(sizes):
+    layout, table = ParallelLayout(**sizes), weight_table(tiny_config("qwen3_moe"))
+    form = stacked_form(table)
+    files = plan_files(table, layout=layout, dtype="F32", max_shard_size=50_000, form=form)
+    entries = {name: shape for file in files for name, _, shape in file.entries}
+    assert {name for name in entries if ".experts." in name} == {a.name for a in form.arrangements}
+    gathered = [name for file in files for name, _, _ in file.tensors]
+    assert sorted(gathered) == sorted(hf_tensors(table))
+    for file in files:
+        assert file.num_bytes == sum(4 * prod(shape) for _, _, shape in file.entries)
+        if all(one.is_plain for one in file.stored):
+            continue
+        at = [layout.coordinates(rank) for rank in file.members]
+        if layout.ep_size > 1:
+            assert file.group == "ep"
+            places = sorted((c.ep_rank, c.etp_rank) for c in at)
+            size = layout.ep_size * layout.etp_size
+            assert len(set(places)) == len(places) == size
+            assert len({(c.pp_rank, c.edp_rank) for c in at}) == 1
+
+
+def test_a_tensor_whose_dtype_is_fixed_keeps_it():
+    table = weight_table(tiny_config("qwen3_moe"))
+    router = next(rule for rule in table.rules if rule.megatron.endswith("router.weight"))
+    (tensor,) = router.hf
+    fixed = replace(router, hf=(replace(tensor, dtype="F32"),))
+    table = replace(table, rules=tuple(fixed if rule is router else rule for rule in table.rules))
+    names = {f"model.layers.{layer}.mlp.gate.weight" for layer in range(4)}
+    assert fixed_dtypes(table) == dict.fromkeys(names, "F32")
+    files = plan_files(table, layout=ParallelLayout(), dtype="BF16", max_shard_size=10**9)
+    for entries in ([e for f in files for e in f.entries], [t for f in files for t in f.tensors]):
+        assert {name for name, dtype, _ in entries if dtype == "F32"} == names
+
+
+def test_copies_go_to_the_ranks_with_the_least_to_write():
+    table = weight_table(tiny_config("qwen3_moe"))
+    copied = {f"extra.{index}": TensorShape("BF16", (100, 10)) for index in range(40)}
+    form = StoredAs(carried=Carried(tensors=copied, source=None))
+    layout = ParallelLayout(world_size=4, tp_size=2)
+    files = plan_files(table, layout=layout, dtype="F32", max_shard_size=10_000, form=form)
+    copies = [file for file in files if file.group == "copied"]
+    assert [name for file in copies for name, _, _ in file.entries] == list(copied)
+    assert {len(file.entries) for file in copies} == {5}
+    assert len({file.writer for file in copies}) > 1
+    assert len({file.name for file in files}) == len(files)
 
 
 def test_a_thousand_ranks_are_planned_in_seconds():

@@ -1,11 +1,13 @@
 """Every fault that a checkpoint or a model can have is found before anything is read (T23)."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mtrain.bridge.ledger import check_checkpoint, check_model
+from mtrain.bridge.ledger import carried_names, check_checkpoint, check_model
 from mtrain.bridge.plan import hf_tensors, plan_rank, weight_table
+from mtrain.bridge.rules import IgnoredKey
 from mtrain.bridge.safetensors_folder import Checkpoint
 from mtrain.bridge.safetensors_header import StoredTensor, tensor_bytes
 from mtrain.parallel import ParallelLayout
@@ -102,6 +104,21 @@ def test_what_is_left_out_comes_with_a_reason():
     assert set(ignored) == {old, "lm_head.weight"}
     assert "rotary frequencies" in ignored[old].reason
     assert ignored["lm_head.weight"].copy_of == "model.embed_tokens.weight"
+
+
+def test_only_what_is_said_to_be_copied_is():
+    """Not what is ignored for good, and not what a rule of the model has."""
+    table, checkpoint = checkpoint_for("llama3_tied")
+    extra = IgnoredKey(r"model\.(extra|norm)\..*", "not trained", is_carried=True)
+    table = replace(table, ignored=(*table.ignored, extra))
+    for name in ("lm_head.weight", "model.extra.a", "model.extra.b"):
+        checkpoint.tensors[name] = stored((4, 4))
+    assert carried_names(table, checkpoint) == ["model.extra.a", "model.extra.b"]
+    assert set(check_checkpoint(table, checkpoint)) == {
+        "lm_head.weight",
+        "model.extra.a",
+        "model.extra.b",
+    }
 
 
 def plan_and_shapes():

@@ -58,6 +58,39 @@ def test_parts_are_those_of_the_tensors_in_all_files(tensors):
         assert torch.equal(reader.slices("a")[2:4, 1:2], ALL["a"][2:4, 1:2])
 
 
+@pytest.mark.parametrize(
+    ("key", "num_read"),
+    [
+        (slice(None), 120),
+        ((slice(1, 2), slice(2, 4)), 2 * 5),
+        ((slice(1, 2), slice(3, 4), slice(1, 4)), 3),
+        ((slice(1, 2), slice(2, 4), slice(0, 1)), 2 * 5),
+        ((slice(0, 2), slice(3, 4)), 2 * 20),
+        ((slice(5, 6), slice(4, 4)), 0),
+        ((slice(2, 2), slice(0, 1)), 0),
+        (slice(5, 6), 20),
+    ],
+    ids=str,
+)
+def test_of_stacked_matrices_only_rows_of_those_that_are_asked_for_are_read(
+    tmp_path, monkeypatch, key, num_read
+):
+    value = torch.arange(120.0).view(6, 4, 5)
+    save_file({"x": value}, tmp_path / "x")
+    read, preadv = [], os.preadv
+    monkeypatch.setattr(
+        safetensors_reader.os,
+        "preadv",
+        lambda file, buffers, position: (
+            read.append(sum(map(len, buffers))) or preadv(file, buffers, position)
+        ),
+    )
+    with SafetensorsReader(read_header(tmp_path / "x")) as reader:
+        part = reader.slices("x")[key]
+    assert torch.equal(part, value[key])
+    assert sum(read) == 4 * num_read
+
+
 def test_a_file_is_opened_when_it_is_first_needed_and_once(tensors, opened):
     with SafetensorsReader(tensors) as reader:
         assert opened == []

@@ -49,6 +49,8 @@ def check(*, world_size: int = 1, **flags: object) -> None:
         {"tuner_type": "lora", "mcore_adapter": "a"},
         {"tuner_type": "lora_llm", "adapters": ("a",), "modules_to_save": ("lm_head",)},
         {"tuner_type": "lora", "merge_lora": True, "lora_export_layout": "fused"},
+        {"tuner_type": "lora", "merge_lora": True, "fp8_export": True},
+        {"fp8_export": True, "no_save_optim": True},
         # Of LoRA alone, as in Megatron-SWIFT.
         {"lora_rank": 16, "lora_dropout": 1.0, "merge_lora": True},
         {"packing": True, "max_length": 128},
@@ -173,6 +175,8 @@ def test_good_combinations_pass(flags: dict[str, object]) -> None:
         ),
         ({"decoder_last_pipeline_num_layers": 2}, "needs --pipeline_model_parallel_size above 1"),
         ({"overlap_param_gather": True}, "needs --overlap_grad_reduce true"),
+        ({"fp8_export": True}, "cannot go on bit for bit from 8-bit weights; add --no_save_optim"),
+        ({"fp8_export": True, "tuner_type": "lora"}, "an adapter is not saved in 8 bits"),
         (
             {
                 "overlap_param_gather": True,
@@ -242,6 +246,7 @@ def check_export_with(*, world_size: int = 1, **flags: object) -> None:
         {"to_mcore": True, "model": "a/b"},
         {"to_hf": True, "mcore_model": "a"},
         {"to_mcore": True, "mcore_model": "a", "adapters": ("b",)},
+        MERGE | {"fp8_export": True},
     ],
 )
 def test_models_and_adapters_can_be_exported(flags: dict[str, object]) -> None:
@@ -259,6 +264,8 @@ def test_models_and_adapters_can_be_exported(flags: dict[str, object]) -> None:
         (MERGE | {"mcore_adapter": "b"}, "--adapters a and --mcore_adapter b: give one of them"),
         (MERGE | {"test_convert_dtype": "int8"}, "--test_convert_dtype int8: must be one of"),
         (MERGE | {"max_shard_size": "big"}, "--max_shard_size big: must be a size"),
+        ({"to_mcore": True, "model": "a", "fp8_export": True}, "torch_dist has no 8-bit weights"),
+        (MERGE | {"merge_lora": False, "fp8_export": True}, "an adapter is not saved in 8 bits"),
         (
             MERGE | {"tensor_model_parallel_size": 2},
             "1 process cannot be divided by tensor x context x pipeline parallel size 2 x 1 x 1",

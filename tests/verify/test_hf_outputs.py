@@ -5,8 +5,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from mtrain.bridge.storage.fp8_blocks import Fp8Slices
+from mtrain.bridge.storage.quantization import Fp8Blocks
 from mtrain.verify.hf_outputs import hf_outputs, judge_device, router_margins
 from mtrain.verify.texts import encode_texts
+from tests.bridge.storage.checkpoints import rewritten, tensors_of
+from tests.bridge.storage.quantized import quantized_copy
 from tests.lora.peft_folders import save_with_peft
 from tests.tiny import make_checkpoint
 
@@ -92,6 +96,27 @@ def test_weights_are_rounded_first_where_those_of_the_other_model_were(folder, t
     rounded = outputs_of(folder, texts, stored_dtype=torch.bfloat16)[0].logits
     torch.testing.assert_close(rounded, expected)
     assert (rounded - outputs_of(folder, texts)[0].logits).abs().max() > 1e-3
+
+
+def test_8_bit_weights_are_loaded_as_what_they_stand_for(texts, tmp_path):
+    blocks = Fp8Blocks(rows=16, columns=16)
+    options = {"num_hidden_layers": 2, "dtype": "bfloat16"}
+    source = make_checkpoint(tmp_path / "source", "qwen3", **options)
+    quantized = quantized_copy(source, tmp_path / "quantized", blocks)
+    stored = tensors_of(quantized)
+    values = {
+        name: Fp8Slices(tensor, stored[f"{name}_scale_inv"], tensor.shape, blocks)[:]
+        if tensor.dtype == torch.float8_e4m3fn
+        else tensor
+        for name, tensor in stored.items()
+        if not name.endswith("_scale_inv")
+    }
+    plain = rewritten(source, tmp_path / "plain", values)
+    options = {"stored_dtype": torch.bfloat16}
+    for ours, theirs in zip(
+        outputs_of(quantized, texts, **options), outputs_of(plain, texts, **options), strict=True
+    ):
+        assert torch.equal(ours.logits, theirs.logits)
 
 
 def test_an_adapter_is_put_on_the_model(folder, adapter, texts):

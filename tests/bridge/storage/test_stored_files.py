@@ -1,17 +1,24 @@
 """What was loaded from another form is saved in it, over all layouts, to the byte."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from mtrain.bridge.load import load_weights
+from mtrain.bridge.plan import plan_rank
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.safetensors_writer import DeferredWriter
+from mtrain.bridge.save import lookup_in, save_weights
+from mtrain.bridge.slices import tensors_by_name
 from mtrain.bridge.storage.arrangement import as_it_is, native_arrangements
-from mtrain.bridge.storage.stored_as import CANONICAL
+from mtrain.bridge.storage.stored_as import CANONICAL, stored_as
 from mtrain.bridge.storage.stored_files import AssembledFile, CopiedFile
+from mtrain.bridge.storage.view import arranged
 from mtrain.bridge.written import record_file
 from mtrain.parallel import ParallelLayout
+from tests.bridge.standin import make_chunks
 from tests.bridge.storage.checkpoints import (
     assert_same_bytes,
     gpt2,
@@ -180,3 +187,50 @@ def test_tensors_may_arrive_in_parts_of_any_size(tmp_path, size):
         assert torch.equal(found[name], values[name])
     experts = [values[names[0]].t() for names in stacked.slabs]
     assert torch.equal(found[stacked.name], torch.stack(experts))
+
+
+def _save_mixed(state, source, target):
+    """Half precision, and experts' biases in float32."""
+    table = _mixed_table()
+    plan = plan_rank(table, layout=state.layout, rank=state.rank, backend="te")
+    chunks = make_chunks(plan, num_chunks=1, dtype=torch.bfloat16)
+    for name, parameter in chunks[0].named_parameters():
+        if name.endswith("linear_fc1.bias"):
+            parameter.data = parameter.data.float()
+    weights = arranged(open_checkpoint(source), table)
+    load_weights(chunks, weights, table=table, layout=state.layout, rank=state.rank, backend="te")
+    save_weights(
+        lookup_in(tensors_by_name(chunks)),
+        target,
+        table=table,
+        state=state,
+        backend="te",
+        dtype=torch.bfloat16,
+        max_shard_size=20_000,
+        bucket_bytes=3_000,
+        form=stored_as(weights, table, keeps_fp8=False),
+    )()
+
+
+def _mixed_table():
+    table = gpt_oss_table()
+    rules = [
+        replace(rule, hf=tuple(replace(tensor, dtype="F32") for tensor in rule.hf))
+        if rule.megatron.endswith("linear_fc1.bias")
+        else rule
+        for rule in table.rules
+    ]
+    return replace(table, rules=tuple(rules))
+
+
+@pytest.mark.parametrize("sizes", [DENSE[0], EXPERTS[2]], ids=str)
+def test_tensors_whose_dtype_is_fixed_are_saved_in_it(sources, tmp_path, sizes):
+    plain = sources("gpt_oss", "bfloat16")
+    tensors = {
+        name: torch.randn(tensor.shape) if name.endswith("gate_up_proj_bias") else tensor
+        for name, tensor in tensors_of(plain).items()
+    }
+    source, target = rewritten(plain, tmp_path / "source", tensors), tmp_path / "target"
+    target.mkdir()
+    run_ranks(ParallelLayout(**sizes), _save_mixed, source, target)
+    assert_same_bytes(target, source)
