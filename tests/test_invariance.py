@@ -16,6 +16,7 @@ from mtrain.training.optimizer import build_optimizer, build_scheduler
 from mtrain.training.step import train_step
 from mtrain.training.wrap import gather_parameters, unwrap, wrap_chunks
 from tests.megatron import load_model, packed_inputs, read_config
+from tests.next_tokens import make_checkpoint_with_next_tokens
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
 
@@ -93,9 +94,17 @@ def loss_of(result, state):
     return (sums[0] / sums[2]).item()
 
 
-def train_three_steps(state, folder: Path, lengths, output: Path, parallel: ParallelConfig):
+def train_three_steps(
+    state, folder: Path, lengths, output: Path, parallel: ParallelConfig, num_next_tokens: int
+):
     moe = MoEConfig(moe_aux_loss_coeff=(0.01,), moe_z_loss_coeff=0.001)
-    bare = load_model(state, folder, moe=moe, sequence_parallel=parallel.sequence_parallel)
+    bare = load_model(
+        state,
+        folder,
+        moe=moe,
+        sequence_parallel=parallel.sequence_parallel,
+        num_next_tokens=num_next_tokens,
+    )
     chunks = wrap_chunks(bare, parallel=parallel, grad_reduce_in_fp32=True)
     optimizer = build_optimizer(chunks, OPTIMIZER)
     scheduler = build_scheduler(optimizer, OPTIMIZER, total_steps=STEPS)
@@ -109,7 +118,7 @@ def train_three_steps(state, folder: Path, lengths, output: Path, parallel: Para
     save_weights(
         lookup_in(tensors_by_name([unwrap(chunk) for chunk in chunks])),
         output,
-        table=weight_table(read_config(folder)),
+        table=weight_table(read_config(folder), num_next_tokens),
         state=state,
         backend="torch",
         dtype=torch.float32,
@@ -118,11 +127,13 @@ def train_three_steps(state, folder: Path, lengths, output: Path, parallel: Para
     return losses, grad_norms
 
 
-def train_on(layout, folder, lengths, output, parallel=None):
+def train_on(layout, folder, lengths, output, parallel=None, num_next_tokens=0):
     """Losses, gradient norms and saved weights after three steps."""
     output.mkdir()
     parallel = parallel or ParallelConfig()
-    results = run_ranks(layout, train_three_steps, folder, lengths, output, parallel)
+    results = run_ranks(
+        layout, train_three_steps, folder, lengths, output, parallel, num_next_tokens
+    )
     assert all(result == results[0] for result in results), "ranks disagree"
     weights = {}
     for file in output.glob("*.safetensors"):
@@ -212,6 +223,23 @@ def test_latent_attention_needs_no_sequence_parallelism(one_rank, tmp_path):
     parallel = ParallelConfig(sequence_parallel=False)
     sizes = DENSE_LAYOUTS["tp2_pp2"]
     assert_same(train_on(sizes, folder, PACKED, tmp_path / "out", parallel), expected, folder)
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [
+        ("deepseek_v3", MOE_LAYOUTS["tp2_pp2_ep2"]),
+        ("qwen3_next_moe", MOE_LAYOUTS["pp2_vpp2"]),
+        ("mimo", DENSE_LAYOUTS["tp2_pp2"]),
+    ],
+    ids=["deepseek_v3", "qwen3_next_moe", "mimo"],
+)
+def test_multi_token_prediction_does_not_depend_on_the_layout(model, sizes, tmp_path):
+    """The last stage has a copy of the embedding for it, which must stay one."""
+    folder, _ = make_checkpoint_with_next_tokens(tmp_path / "model", model)
+    expected = train_on(ParallelLayout(), folder, PACKED, tmp_path / "one", num_next_tokens=1)
+    ours = train_on(sizes, folder, PACKED, tmp_path / "out", num_next_tokens=1)
+    assert_same(ours, expected, folder)
 
 
 OPTIONS = {

@@ -34,6 +34,12 @@ class MoEConfig:
     moe_shared_expert_overlap: bool = flag(
         False, "Overlap shared experts with the token exchange, in models that have them."
     )
+    moe_router_bias_update_rate: float = flag(
+        0.0,
+        "How far a step moves the biases that choose experts towards balance, in models that have "
+        "them; 0 keeps those of the checkpoint.",
+        minimum=0,
+    )
     moe_layer_recompute: bool = flag(False, "Old spelling of --recompute_modules moe.")
     moe_expert_capacity_factor: float | None = flag(
         None, "Tokens an expert takes, relative to an even share; default: all of them.", minimum=0

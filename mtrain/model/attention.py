@@ -69,19 +69,6 @@ class RotarySelfAttention(SelfAttention):
         return rotary
 
 
-def rotary_cosines_and_sines(angles: torch.Tensor, positions: torch.Tensor | slice) -> torch.Tensor:
-    """What `RotarySelfAttention` takes.
-
-    Args:
-        angles: float32 [longest, 1, 1, head_dim], of each position.
-        positions: int64 [seq] of packed documents, or all positions in order.
-
-    Returns:
-        float32 [2, seq, 1, 1, head_dim].
-    """
-    return torch.stack([angles.cos(), angles.sin()])[:, positions]
-
-
 def _window(config: TransformerConfig, layer_number: int) -> int | None:
     """Tokens before itself that a token of this layer sees; None for all of them."""
     if not is_layer_window_attention(

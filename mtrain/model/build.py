@@ -4,6 +4,7 @@ The one thing to know: weights are allocated, not initialised. The bridge fills 
 or refuses the checkpoint.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,17 +60,43 @@ def transformer_config(
     fields |= _precision(dtype)
     fields |= _parallelism(layout, parallel)
     fields |= _kernels(described, model, backend)
+    fields["mtp_loss_scaling_factor"] = model.mtp_loss_scaling_factor
     fields |= _recomputation(training)
     if fields.get("num_moe_experts"):
-        fields |= _routing(moe, layout)
+        fields |= _routing(moe, layout, fields)
     fields |= model.megatron_extra_kwargs or {}
     if fields["hidden_dropout"] or fields["attention_dropout"]:
         raise ValueError("--megatron_extra_kwargs: dropout is not built; leave it out")
+    _check_recomputation(fields, training)
+    is_latent = fields.get("multi_latent_attention")
+    # Megatron-Core refuses experts with biases here; `GroupedExperts` splits them.
+    etp_size = fields.pop("expert_tensor_parallel_size")
     try:
-        is_latent = fields.get("multi_latent_attention")
-        return (MLATransformerConfig if is_latent else TransformerConfig)(**fields)
+        config = (MLATransformerConfig if is_latent else TransformerConfig)(
+            **fields, expert_tensor_parallel_size=1
+        )
     except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"Megatron-Core refuses this configuration: {error}") from error
+    config.expert_tensor_parallel_size = etp_size
+    return config
+
+
+def _check_recomputation(fields: dict[str, Any], training: TrainingConfig) -> None:
+    """Refuses parts that cannot be recomputed.
+
+    Raises:
+        ValueError: Naming the flag.
+    """
+    if fields["recompute_granularity"] != "selective":
+        return
+    if "mla_up_proj" in training.recompute_modules and fields.get("multi_latent_attention"):
+        raise ValueError("--recompute_modules mla_up_proj is not built; use core_attn")
+    if "mlp" in training.recompute_modules and fields["add_bias_linear"]:
+        # Megatron-Core 0.16.1 does not come to an end over the bias that a dense MLP returns.
+        raise ValueError(
+            "--recompute_modules mlp: this model has biases in its MLP; "
+            "use --recompute_granularity full"
+        )
 
 
 def _precision(dtype: torch.dtype) -> dict[str, Any]:
@@ -147,7 +174,9 @@ def _recomputation(training: TrainingConfig) -> dict[str, Any]:
     }
 
 
-def _routing(moe: MoEConfig, layout: ParallelLayout) -> dict[str, Any]:
+def _routing(
+    moe: MoEConfig, layout: ParallelLayout, described: Mapping[str, Any]
+) -> dict[str, Any]:
     balancing = list(moe.moe_router_load_balancing_type) or ["aux_loss"]
     if len(balancing) != len(moe.moe_aux_loss_coeff):
         raise ValueError(
@@ -167,6 +196,11 @@ def _routing(moe: MoEConfig, layout: ParallelLayout) -> dict[str, Any]:
         "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
         "moe_permute_fusion": moe.moe_permute_fusion and has_transformer_engine(),
         "moe_grouped_gemm": True,
+        "moe_router_bias_update_rate": moe.moe_router_bias_update_rate,
+        # A second stream of the GPU: elsewhere there is nothing to overlap.
+        "moe_shared_expert_overlap": moe.moe_shared_expert_overlap
+        and has_gpu()
+        and described.get("moe_shared_expert_intermediate_size") is not None,
         "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
         "moe_pad_expert_input_to_capacity": moe.moe_pad_expert_input_to_capacity,
         "moe_token_drop_policy": moe.moe_token_drop_policy,

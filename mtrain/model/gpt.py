@@ -139,15 +139,18 @@ class LanguageModel(GPTModel):
 
     def _cosines_and_sines(
         self, position_ids: torch.Tensor, packed_seq_params: PackedSeqParams | None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Of every token; of layers without and with a window, if they differ."""
+    ) -> torch.Tensor:
+        """Of every token; of layers without and with a window one after the other, if they differ.
+
+        One tensor, because recomputation saves nothing else.
+        """
         positions, longest = slice(None), position_ids.shape[1]
         if packed_seq_params is not None:
             positions, longest = position_ids.squeeze(0), self._longest_document
         full = self.rotary(positions, longest=longest)
         if self.window_rotary is None:
             return full
-        return full, self.window_rotary(positions, longest=longest)
+        return torch.stack([full, self.window_rotary(positions, longest=longest)])
 
     def _postprocess(
         self,

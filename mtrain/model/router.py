@@ -66,8 +66,9 @@ class BalancedRouter(TopKRouter):
         squares = logits.logsumexp(dim=-1).square() * ~padding_mask
         # This rank's summand of the mean; the gradient is summed over the ranks.
         share = squares.sum() * (self._num_tokens > 0) / self._num_tokens.clamp(min=1)
+        num_layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
         save_to_aux_losses_tracker(
-            "z_loss", share * self.tp_cp_group.size(), self.layer_number, self.config.num_layers
+            "z_loss", share * self.tp_cp_group.size(), self.layer_number, num_layers
         )
         return MoEAuxLossAutoScaler.apply(logits, coefficient * share)
 

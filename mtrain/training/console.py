@@ -23,6 +23,7 @@ _GROUPS: tuple[tuple[tuple[str, str], ...], ...] = (
         ("seq_load_balancing_loss", "sequence balance {:.4f}"),
         ("global_load_balancing_loss", "global balance {:.4f}"),
         ("z_loss", "z {:.4f}"),
+        ("mtp_loss", "next tokens {:.4f}"),
     ),
     (
         ("tokens_per_second_per_gpu", "{:,.0f} tokens/s/gpu"),

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from mtrain.parallel import ParallelState
 from mtrain.platform.device import DeviceInfo
-from mtrain.training.balance import BALANCE_LOSSES, take_balance_sums
+from mtrain.training.balance import BALANCE_LOSSES, SIDE_LOSSES, take_side_losses
 from mtrain.training.batch import BatchCounts
 from mtrain.training.flops import ModelShape, training_flops
 
@@ -57,6 +57,8 @@ class LogRecord:
         seq_load_balancing_loss: The same, balanced in every sequence.
         global_load_balancing_loss: The same, balanced over the global batch.
         z_loss: Router z-loss, likewise.
+        mtp_loss: Cross-entropy of multi-token prediction, without its coefficient; mean over its
+            layers and over micro-batches, None if unused.
     """
 
     step: int
@@ -81,6 +83,7 @@ class LogRecord:
     seq_load_balancing_loss: float | None = None
     global_load_balancing_loss: float | None = None
     z_loss: float | None = None
+    mtp_loss: float | None = None
 
     def as_dict(self) -> dict[str, float | int]:
         """The fields that have a value."""
@@ -133,8 +136,8 @@ class Meter:
         self._paused_seconds = 0.0
         self._last: StepResult | None = None
         self._started = time.monotonic()
-        self._balance = torch.zeros(
-            len(BALANCE_LOSSES), dtype=torch.float64, device=self._state.device
+        self._side_losses = torch.zeros(
+            len(SIDE_LOSSES), dtype=torch.float64, device=self._state.device
         )
 
     def add_step(self, result: StepResult, counts: BatchCounts, *, data_seconds: float) -> None:
@@ -159,7 +162,7 @@ class Meter:
 
     def progress(self) -> list[list[float]]:
         """What the next log line adds to, as one list of numbers a rank; all ranks call it."""
-        self._balance += take_balance_sums(self._state.device)
+        self._side_losses += take_side_losses(self._state.device)
         host = [
             *(self._consumed_samples, self._consumed_tokens, self._num_steps, self._num_skipped),
             *(self._seconds(), self._data_seconds),
@@ -167,7 +170,7 @@ class Meter:
         ]
         device = self._state.device
         ours = torch.tensor(host, dtype=torch.float64, device=device)
-        return self._gather(torch.cat([ours, self._sums, self._balance])).tolist()
+        return self._gather(torch.cat([ours, self._sums, self._side_losses])).tolist()
 
     def restore(self, progress: Sequence[Sequence[float]]) -> None:
         """Goes on from where a run stood.
@@ -192,7 +195,7 @@ class Meter:
             }
         )
         sums = torch.tensor(rest[num_counts:], dtype=torch.float64, device=self._state.device)
-        self._sums, self._balance = sums[:3].clone(), sums[3:].clone()
+        self._sums, self._side_losses = sums[:3].clone(), sums[3:].clone()
 
     def _seconds(self) -> float:
         return time.monotonic() - self._started - self._paused_seconds
@@ -238,7 +241,7 @@ class Meter:
             padding_ratio=1 - totals["tokens"] / max(totals["padded_tokens"], 1.0),
             eta_seconds=seconds_per_step * (size.total_steps - step),
             skipped_steps=self._num_skipped,
-            **_balance_losses(totals),
+            **_side_losses(totals),
         )
         self._start_interval()
         return record
@@ -251,6 +254,7 @@ class Meter:
             "tokens": counts.num_tokens,
             "padded_tokens": counts.num_padded_tokens,
             "attention_pairs": counts.num_attention_pairs,
+            "last_stage_calls": self._state.is_last_stage * self._counts.num_micro_batches,
             "router_calls": self._size.num_routers * self._counts.num_micro_batches,
         }
         largest = {
@@ -260,18 +264,19 @@ class Meter:
         }
         device = self._state.device
         host = torch.tensor([*summed.values(), *largest.values()], dtype=torch.float64)
-        self._balance += take_balance_sums(device)
-        table = self._gather(torch.cat([host.to(device), self._sums, self._balance]))
-        names = (*summed, *largest, "loss", "correct", "labels", *BALANCE_LOSSES)
+        self._side_losses += take_side_losses(device)
+        table = self._gather(torch.cat([host.to(device), self._sums, self._side_losses]))
+        names = (*summed, *largest, "loss", "correct", "labels", *SIDE_LOSSES)
         totals = dict(zip(names, table.sum(dim=0).tolist(), strict=True))
         highest = dict(zip(names, table.amax(dim=0).tolist(), strict=True))
         return totals, highest
 
 
-def _balance_losses(totals: dict[str, float]) -> dict[str, float]:
-    return {
-        name: totals[name] / totals["router_calls"] for name in BALANCE_LOSSES if totals[name] != 0
+def _side_losses(totals: dict[str, float]) -> dict[str, float]:
+    calls = dict.fromkeys(BALANCE_LOSSES, totals["router_calls"]) | {
+        "mtp_loss": totals["last_stage_calls"]
     }
+    return {name: totals[name] / calls[name] for name in SIDE_LOSSES if totals[name] != 0}
 
 
 def _peak_memory(device: torch.device) -> int:

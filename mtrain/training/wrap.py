@@ -21,6 +21,7 @@ from mtrain.config.parallel import ParallelConfig
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
 
 __all__ = ["gather_parameters", "unwrap", "wrap_chunks"]
 
@@ -62,13 +63,30 @@ def wrap_chunks(
         DistributedDataParallel(
             config=config,
             ddp_config=ddp_config,
-            module=Float16Module(config, chunk) if is_half else chunk,
+            module=_in_half_precision(config, chunk) if is_half else chunk,
             # The reduction of a later chunk overlaps with the backward of the one before it.
             disable_bucketing=index > 0,
         )
         for index, chunk in enumerate(chunks)
     ]
     _connect_schedule(wrapped, parallel)
+    return wrapped
+
+
+def _in_half_precision(config: TransformerConfig, chunk: GPTModel) -> Float16Module:
+    """The chunk with inputs and outputs converted; parameters have their dtype already.
+
+    Buffers keep theirs: Megatron-Core would round the biases that choose experts, and count tokens
+    in half precision.
+    """
+    kept = [
+        (module, name, buffer)
+        for module in chunk.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    wrapped = Float16Module(config, chunk)
+    for module, name, buffer in kept:
+        setattr(module, name, buffer)
     return wrapped
 
 

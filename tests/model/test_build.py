@@ -5,7 +5,12 @@ import torch
 
 from mtrain.bridge.families import find_family
 from mtrain.config import ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
-from mtrain.model.build import build_model, fuse_weight_gradients, transformer_config
+from mtrain.model.build import (
+    build_model,
+    fuse_weight_gradients,
+    has_fused_rope,
+    transformer_config,
+)
 from mtrain.parallel import ParallelLayout
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
@@ -179,6 +184,41 @@ def test_routing_settings_do_not_touch_a_dense_model() -> None:
 def test_what_megatron_refuses_is_an_error_of_ours(settings, reason) -> None:
     with pytest.raises(ValueError, match=f"Megatron-Core refuses this configuration: .*{reason}"):
         config_of(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"), [("gpt2", ("mlp",)), ("deepseek_v3", ("core_attn", "mla_up_proj"))]
+)
+def test_what_cannot_be_recomputed_is_refused(name, modules) -> None:
+    training = TrainingConfig(recompute_granularity="selective", recompute_modules=modules)
+    with pytest.raises(ValueError, match=f"--recompute_modules {modules[-1]}"):
+        config_of(name, training=training)
+
+
+def test_experts_with_biases_may_be_split() -> None:
+    layout = ParallelLayout(world_size=2, tp_size=2, etp_size=2)
+    parallel = ParallelConfig(sequence_parallel=True)
+    config = config_of("gpt_oss_moe", layout=layout, parallel=parallel)
+    assert config.expert_tensor_parallel_size == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qwen3", True),
+        ("glm4_moe", True),
+        ("qwen3_next_moe", True),
+        ("glm4", False),  # pairs turn
+        ("gemma3", False),  # two ropes
+        ("gpt_oss_moe", False),  # yarn
+        ("deepseek_v3", False),  # latent attention
+        ("gpt2", False),  # no rope
+    ],
+)
+def test_plain_ropes_are_left_to_the_kernel_of_the_backend(name, expected) -> None:
+    described = find_family(tiny_config(name)).megatron_config(tiny_config(name))
+    assert has_fused_rope(described, "te") is expected
+    assert not has_fused_rope(described, "torch")
 
 
 def test_every_balance_loss_wants_a_coefficient() -> None:

@@ -6,7 +6,7 @@ import torch
 
 from mtrain.config import MoEConfig
 from mtrain.parallel import ParallelLayout, ParallelState
-from mtrain.training.balance import count_routers, take_balance_sums
+from mtrain.training.balance import count_routers, take_side_losses
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
 from tests.training.rig import documents, make_rig, packed
@@ -28,9 +28,9 @@ def one_step(
     rig = make_rig(state, folder, moe=moe)
     batches = [packed(documents(2), length=24)]
     batches += [packed([], length=24)] * num_empty
-    take_balance_sums(state.device)
+    take_side_losses(state.device)
     grad_norm = rig.step(batches).grad_norm
-    sums = take_balance_sums(state.device)
+    sums = take_side_losses(state.device)
     torch.distributed.all_reduce(sums)
     return grad_norm, sums / count_routers(rig.chunks) / state.layout.world_size
 
@@ -54,6 +54,36 @@ LOSSES = {
     ),
 }
 EACH_LOSS = pytest.mark.parametrize("moe", LOSSES.values(), ids=LOSSES.keys())
+
+
+def biases_after_a_step(
+    state: ParallelState, folder: Path, rate: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Biases that choose experts of the first such layer, before and after."""
+    rig = make_rig(state, folder, moe=MoEConfig(moe_router_bias_update_rate=rate))
+    [bias, *_] = [b for name, b in rig.chunks[0].named_buffers() if name.endswith("expert_bias")]
+    before = bias.clone()
+    made = documents(4)
+    units = [packed(made[:2], length=24), packed(made[2:], length=32)]
+    rig.step(units[state.coordinates.dp_rank :: state.layout.dp_size])
+    return before, bias
+
+
+@pytest.mark.parametrize("layout", [ONE, TENSOR, DATA], ids=["1", "tp2", "dp2"])
+def test_biases_move_by_the_rate_and_alike_on_every_layout(layout, tmp_path):
+    """Padding, which has a document of its own here, is not counted."""
+    folder = make_checkpoint(tmp_path, "deepseek_v3")
+    [(before, expected)] = run_ranks(ONE, biases_after_a_step, folder, 0.5)
+    assert set((expected - before).abs().round(decimals=5).tolist()) <= {0.0, 0.5}
+    assert not torch.equal(before, expected)
+    for _, after in run_ranks(layout, biases_after_a_step, folder, 0.5):
+        assert torch.equal(after, expected)
+
+
+def test_biases_stay_where_no_rate_is_given(tmp_path):
+    folder = make_checkpoint(tmp_path, "deepseek_v3")
+    [(before, after)] = run_ranks(ONE, biases_after_a_step, folder, 0.0)
+    assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("layout", [TENSOR, DATA], ids=["tp2", "dp2"])

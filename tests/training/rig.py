@@ -139,9 +139,12 @@ def make_rig(
     moe: MoEConfig | None = None,
     dtype: torch.dtype = torch.float32,
     total_steps: int = 10,
+    num_next_tokens: int = 0,
 ) -> Rig:
     """Loads, freezes, wraps: what a run does before its first step."""
-    chunks = load_model(state, folder, dtype=dtype, training=training, moe=moe)
+    chunks = load_model(
+        state, folder, dtype=dtype, training=training, moe=moe, num_next_tokens=num_next_tokens
+    )
     freeze_parameters(chunks, tuner=tuner or TunerConfig(), state=state)
     wrapped = wrap_chunks(chunks, parallel=parallel or ParallelConfig(), grad_reduce_in_fp32=True)
     made = build_optimizer(wrapped, optimizer)

@@ -6,7 +6,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from mtrain.config.moe import MoEConfig
 from mtrain.parallel import ParallelLayout, ParallelState
-from mtrain.training.balance import BALANCE_LOSSES, count_routers, take_balance_sums
+from mtrain.training.balance import SIDE_LOSSES, count_routers, take_side_losses
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
 from tests.training.rig import documents, make_rig, packed
@@ -41,11 +41,11 @@ def step_with_routers(
                 module.register_forward_pre_hook(
                     lambda router, inputs: by_hand.append(switch_loss(router, inputs))
                 )
-    take_balance_sums(state.device)
+    take_side_losses(state.device)
     rig.step(batches)
-    sums = take_balance_sums(state.device)
+    sums = take_side_losses(state.device)
     num_calls = count_routers(rig.chunks) * len(batches)
-    return sums, num_calls, by_hand, take_balance_sums(state.device)
+    return sums, num_calls, by_hand, take_side_losses(state.device)
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_the_balance_of_experts_is_the_mean_over_layers_on_every_layout(folder, 
     ranks = run_ranks(layout, step_with_routers, folder)
     total = torch.stack([sums for sums, *_ in ranks]).sum(0)
     num_calls = sum(calls for _, calls, *_ in ranks)
-    means = dict(zip(BALANCE_LOSSES, (total / num_calls).tolist(), strict=True))
+    means = dict(zip(SIDE_LOSSES, (total / num_calls).tolist(), strict=True))
     assert means["load_balancing_loss"] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
-    assert means["z_loss"] == 0.0
+    assert means["z_loss"] == means["mtp_loss"] == 0.0
     for *_, again in ranks:
         assert not again.any()

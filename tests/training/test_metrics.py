@@ -10,6 +10,7 @@ from mtrain.training.balance import count_routers
 from mtrain.training.batch import count_batches
 from mtrain.training.flops import ModelShape, training_flops
 from mtrain.training.metrics import LogRecord, Meter, RunSize
+from tests.next_tokens import make_checkpoint_with_next_tokens
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
 from tests.training.rig import documents, make_rig, packed
@@ -33,9 +34,16 @@ def moe_folder(tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("metrics") / "moe", "qwen3_moe")
 
 
-def measured(state: ParallelState, folder: Path) -> tuple[list[LogRecord], float]:
+def measured(
+    state: ParallelState, folder: Path, num_next_tokens: int = 0
+) -> tuple[list[LogRecord], float]:
     """Two log lines, of two steps and of one, and the FLOPs of the first."""
-    rig = make_rig(state, folder, moe=MoEConfig(moe_aux_loss_coeff=(0.01,)))
+    rig = make_rig(
+        state,
+        folder,
+        moe=MoEConfig(moe_aux_loss_coeff=(0.01,)),
+        num_next_tokens=num_next_tokens,
+    )
     shape = ModelShape.from_config(rig.chunks[0].config, vocab_size=131)
     meter = Meter(
         state=state,
@@ -102,6 +110,17 @@ def test_models_with_experts_report_their_balance(moe_folder):
     [(records, _)] = run_ranks(LAYOUTS[0], measured, moe_folder)
     assert all(record.load_balancing_loss >= 1 for record in records)
     assert "z_loss" not in records[0].as_dict()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[2:], ids=["tp2", "pp2"])
+def test_multi_token_prediction_reports_its_loss(layout, tmp_path):
+    folder, _ = make_checkpoint_with_next_tokens(tmp_path / "model", "mimo")
+    [(expected, _)] = run_ranks(LAYOUTS[0], measured, folder, 1)
+    # That of a random model, near to that of guessing.
+    assert 4 < expected[0].mtp_loss < 8
+    for records, _ in run_ranks(layout, measured, folder, 1):
+        for record, same in zip(records, expected, strict=True):
+            assert record.mtp_loss == pytest.approx(same.mtp_loss, rel=1e-4)
 
 
 def test_a_line_leaves_out_what_has_no_value():

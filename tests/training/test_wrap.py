@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core.transformer.module import Float16Module
+from safetensors.torch import load_file
 
 from mtrain.config.parallel import ParallelConfig
 from mtrain.model.gpt import LanguageModel
@@ -39,6 +40,22 @@ def wrap(state: ParallelState, folder: Path, dtype: torch.dtype) -> tuple[bool, 
 def test_half_precision_is_wrapped_once_more_and_weights_stay(folder, dtype):
     is_half = dtype != torch.float32
     assert run_ranks(ParallelLayout(), wrap, folder, dtype) == [(is_half, True, True)]
+
+
+def biases_that_choose_experts(state: ParallelState, folder: Path) -> list[torch.Tensor]:
+    chunks = load_model(state, folder, dtype=torch.bfloat16)
+    [wrapped] = wrap_chunks(chunks, parallel=ParallelConfig(), grad_reduce_in_fp32=True)
+    return [buffer for name, buffer in wrapped.named_buffers() if "expert_bias" in name]
+
+
+def test_biases_that_choose_experts_stay_in_float32(tmp_path):
+    folder = make_checkpoint(tmp_path, "deepseek_v3")
+    stored = load_file(folder / "model.safetensors")
+    (biases,) = run_ranks(ParallelLayout(), biases_that_choose_experts, folder)
+    expected = [stored[key] for key in sorted(stored) if key.endswith("e_score_correction_bias")]
+    assert len(biases) == 3
+    for bias, of_file in zip(biases, expected, strict=True):
+        assert torch.equal(bias, of_file)
 
 
 def refuse(state: ParallelState, folder: Path) -> str:
