@@ -264,7 +264,7 @@ def _scan(transition: torch.Tensor, contribution: torch.Tensor) -> torch.Tensor:
     """`state[c] = transition[c] @ state[c - 1] + contribution[c]`, from 0.
 
     In about sqrt(chunks) groups side by side, first as if they began with 0, then from what the
-    group before ended with: half again as much to compute, and a tenth of the steps.
+    group before ended with: half again as much to compute, and a fifth of the steps or fewer.
 
     Args:
         transition: [chunks, ..., dim, dim].
@@ -273,24 +273,19 @@ def _scan(transition: torch.Tensor, contribution: torch.Tensor) -> torch.Tensor:
     Returns:
         [chunks, ..., dim, columns].
     """
-    num_chunks, *heads, dim, columns = contribution.shape
-    group_size = math.isqrt(num_chunks - 1) + 1
-    missing = -num_chunks % group_size
-    # In groups of chunks, that is [group, chunk of the group, heads, row, column].
-    transition, contribution = (
-        F.pad(tensor.flatten(1, -3), (*(0, 0) * 3, 0, missing)).unflatten(0, (-1, group_size))
-        for tensor in (transition, contribution)
-    )
-    # Columns of what a group adds, and of what it makes of the state before it.
-    passed = torch.cat([contribution[:, 0], transition[:, 0]], dim=-1)
-    steps = [passed]
+    group_size = math.isqrt(transition.shape[0] - 1) + 1
+    # What the chunks of all groups up to a step add, and what they make of the state before them.
+    added, made = [contribution[::group_size]], [transition[::group_size]]
     for step in range(1, group_size):
-        passed = transition[:, step] @ passed
-        passed[..., :columns] += contribution[:, step]
-        steps.append(passed)
-    added, made = torch.stack(steps, dim=1).split([columns, dim], dim=-1)
-    before = [torch.zeros_like(added[0, 0])]
-    for group_added, group_made in zip(added[:-1, -1], made[:-1, -1], strict=True):
-        before.append(torch.baddbmm(group_added, group_made, before[-1]))
-    states = added + made @ torch.stack(before)[:, None]
-    return states.flatten(0, 1)[:num_chunks].unflatten(1, heads)
+        matrix, column = (x[step::group_size] for x in (transition, contribution))
+        # The last group may be shorter.
+        added.append(matrix @ added[-1][: len(matrix)] + column)
+        made.append(matrix @ made[-1][: len(matrix)])
+    before = [torch.zeros_like(contribution[0])]
+    for group in range(len(added[0]) - 1):
+        before.append(made[-1][group] @ before[-1] + added[-1][group])
+    states, starts = torch.empty_like(contribution), torch.stack(before)
+    for step in range(group_size):
+        matrix = made[step]
+        torch.add(added[step], matrix @ starts[: len(matrix)], out=states[step::group_size])
+    return states
