@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import (
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from mtrain.model.delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from mtrain.model.delta_rule import cut_into_chunks
 from mtrain.parallel import ParallelLayout
 from tests.ranks import run_ranks
 
@@ -239,6 +240,24 @@ def test_half_precision_stays_near_float32():
     for name, judge in on_rank(net, lambda weight: weight.grad, 0, 1).items():
         likeness = F.cosine_similarity(grads[name].float().flatten(), judge.flatten(), dim=0)
         assert likeness > 0.9995, name
+
+
+def mixed_in_both_precisions(state, projected):
+    """What is between the projections, in bfloat16, and in float32 with the same values."""
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        net = build(state, dtype=torch.bfloat16).to(dtype)
+        chunks = cut_into_chunks(len(projected), cu_seqlens=None, device=projected.device)
+        results.append(net._mix(projected.to(dtype), chunks).detach())
+    return results
+
+
+def test_half_precision_is_rounded_once_between_the_projections():
+    shape = (100, 1, CHANNELS + INNER + 2 * VALUE_HEADS)
+    projected = random_like(shape, 56).bfloat16()
+    ((half, single),) = run_ranks(ParallelLayout(), mixed_in_both_precisions, projected)
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, single.bfloat16())
 
 
 def layer_and_net(state, hidden, lengths):
