@@ -69,27 +69,50 @@ def load_all(folder):
     return found
 
 
+class Expert(torch.nn.Module):
+    """One expert of a Hugging Face layer; its linears have the names that they have in files."""
+
+    def __init__(self, experts, number, names):
+        super().__init__()
+        self._activate = _activation(experts)
+        self._names = names
+        for name, (weight, bias) in zip(names, _projections(experts, number), strict=True):
+            linear = torch.nn.Linear(*reversed(weight.shape), bias=bias is not None)
+            linear.weight = torch.nn.Parameter(weight.detach().clone())
+            if bias is not None:
+                linear.bias = torch.nn.Parameter(bias.detach().clone())
+            self.add_module(name, linear)
+
+    def forward(self, x):
+        gate, up, down = (self.get_submodule(name) for name in self._names)
+        return down(self._activate(gate(x), up(x)))
+
+
+def _projections(experts, number):
+    """Weight and bias of gate, up and down of one expert."""
+    gate_up, down = experts.gate_up_proj[number], experts.down_proj[number]
+    if not hasattr(experts, "gate_up_proj_bias"):
+        gate, up = gate_up.chunk(2)
+        return (gate, None), (up, None), (down, None)
+    # gpt-oss: transposed, and columns of gate and up take turns.
+    biases = experts.gate_up_proj_bias[number], experts.down_proj_bias[number]
+    gate, up = ((gate_up.t()[part::2], biases[0][part::2]) for part in (0, 1))
+    return gate, up, (down.t(), biases[1])
+
+
+def _activation(experts):
+    if hasattr(experts, "act_fn"):
+        return lambda gate, up: experts.act_fn(gate) * up
+    return lambda gate, up: experts._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
+
+
 class SeparateExperts(torch.nn.Module):
     """The experts of a Hugging Face layer as linears, which PEFT can adapt one by one."""
 
-    class Expert(torch.nn.Module):
-        def __init__(self, gate_up, down):
-            super().__init__()
-            gate, up = gate_up.chunk(2)
-            for name, weight in {"gate_proj": gate, "up_proj": up, "down_proj": down}.items():
-                linear = torch.nn.Linear(*reversed(weight.shape), bias=False)
-                linear.weight = torch.nn.Parameter(weight.detach().clone())
-                setattr(self, name, linear)
-
-        def forward(self, x):
-            gated = torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
-            return self.down_proj(gated)
-
-    def __init__(self, experts):
+    def __init__(self, experts, names):
         super().__init__()
-        weights = zip(experts.gate_up_proj, experts.down_proj, strict=True)
-        for number, (gate_up, down) in enumerate(weights):
-            self.add_module(str(number), self.Expert(gate_up, down))
+        for number in range(experts.num_experts):
+            self.add_module(str(number), Expert(experts, number, names))
 
     def forward(self, hidden, chosen, weights):
         output = torch.zeros_like(hidden)
@@ -106,23 +129,35 @@ class Judge(torch.nn.Module):
     def __init__(self, folder):
         super().__init__()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.model, self.lm_head = model.model, model.lm_head
-        for layer in self.model.layers:
-            if hasattr(layer.mlp, "experts"):
-                layer.mlp.experts = SeparateExperts(layer.mlp.experts)
+        self.is_mixtral = model.config.model_type == "mixtral"
+        self.prefix = model.base_model_prefix
+        self.add_module(self.prefix, model.base_model)
+        self.lm_head = model.lm_head
+        names = ("w1", "w3", "w2") if self.is_mixtral else ("gate_proj", "up_proj", "down_proj")
+        for name, module in list(self.named_modules()):
+            if name.endswith(".experts"):
+                self.set_submodule(name, SeparateExperts(module, names))
 
     def forward(self, input_ids):
-        return self.lm_head(self.model(input_ids).last_hidden_state)
+        return self.lm_head(self.get_submodule(self.prefix)(input_ids).last_hidden_state)
+
+    def name_of(self, name):
+        """The name here of a tensor that has another one in files."""
+        return name.replace(".block_sparse_moe.", ".mlp.") if self.is_mixtral else name
 
 
 def peft_model(folder, config, values):
-    model = peft.get_peft_model(Judge(folder), config)
-    result = peft.set_peft_model_state_dict(model, dict(values))
+    judge = Judge(folder)
+    names = {judge.name_of(name): name for name in values}
+    model = peft.get_peft_model(judge, config)
+    result = peft.set_peft_model_state_dict(
+        model, {here: values[name] for here, name in names.items()}
+    )
     assert not result.unexpected_keys
     trained = {
         name.replace(".modules_to_save", "").replace(".default", ""): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    assert trained.keys() == values.keys()
-    return model, trained
+    assert trained.keys() == names.keys()
+    return model, {names[here]: parameter for here, parameter in trained.items()}

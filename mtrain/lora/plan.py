@@ -33,6 +33,15 @@ from mtrain.bridge.rules import (
 PEFT_PREFIX = "base_model.model."
 ADAPTER_CHILD = "adapter"
 
+Kind = Literal["column", "row", "replicated", "router", "gate", "embedding", "experts"]
+# Weights whose names say what they are; other linears are told by how they are split.
+_NAMED_KINDS: dict[str, Kind | None] = {
+    ".word_embeddings.weight": "embedding",
+    ".position_embeddings.weight": None,
+    ".router.weight": "router",
+    ".shared_experts.gate_weight": "gate",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
@@ -79,15 +88,11 @@ class AdaptedLinear:
         return max(adapter.rank for adapter in self.adapters if adapter)
 
     @property
-    def kind(self) -> Literal["column", "row", "router", "embedding", "experts"]:
+    def kind(self) -> Kind:
         """What kind of module it is."""
-        if self.rule.num_experts is not None:
-            return "experts"
-        if self.rule.place == "first":
-            return "embedding"
-        if self.rule.split is None:
-            return "router"
-        return "column" if self.rule.split == "rows" else "row"
+        kind = kind_of(self.rule)
+        assert kind is not None, f"{self.rule.megatron} can have no adapter"
+        return kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +106,38 @@ class LoraPlan:
 
     linears: tuple[AdaptedLinear, ...]
     modules_to_save: tuple[Rule, ...] = ()
+
+
+def kind_of(rule: Rule) -> Kind | None:
+    """What kind of module a weight belongs to, as far as adapters are concerned.
+
+    A "replicated" linear is whole on every tensor-parallel rank and sees its part of the sequence;
+    a "gate" is the weight of a shared expert's gate, which Megatron-Core has as a bare parameter.
+
+    Returns:
+        The kind; None for what has no adapter: norms, biases, convolutions, learned positions.
+    """
+    is_matrix = all(len(tensor.shape) == 2 for tensor in rule.hf)
+    if not is_matrix or not rule.megatron.endswith("weight"):
+        return None
+    if rule.num_experts is not None:
+        return "experts"
+    for ending, kind in _NAMED_KINDS.items():
+        if rule.megatron.endswith(ending):
+            return kind
+    if rule.split is None:
+        return "replicated"
+    return "column" if rule.split == "rows" else "row"
+
+
+def tied_tensors(table: WeightTable) -> set[HFTensor]:
+    """Embeddings that are output layers too, by their one name."""
+    return {
+        tensor
+        for rule in table.rules
+        if rule.is_duplicate and rule.place == "last"
+        for tensor in rule.hf
+    }
 
 
 def module_of(parameter: str) -> str:
@@ -152,7 +189,7 @@ def check_mergeable(table: WeightTable, lora: LoraPlan) -> None:
     Raises:
         ValueError: The adapter cannot be merged.
     """
-    tied = {tensor for rule in table.rules if rule.is_duplicate for tensor in rule.hf}
+    tied = tied_tensors(table)
     for linear in lora.linears:
         if linear.kind == "embedding" and tied.intersection(linear.rule.hf):
             raise ValueError(
@@ -176,7 +213,13 @@ def _factor_rules(linear: AdaptedLinear) -> tuple[Rule, Rule]:
         b_tensors.append(HFTensor(b_name, (out_size, adapter.rank)))
     prefix = rule.megatron.removesuffix("weight") + ADAPTER_CHILD
     common = {"place": rule.place, "layers": linear.layers, "num_experts": rule.num_experts}
-    lora_a = Rule(megatron=f"{prefix}.lora_a", hf=tuple(a_tensors), layout=Spaced(rank), **common)
+    lora_a = Rule(
+        megatron=f"{prefix}.lora_a",
+        hf=tuple(a_tensors),
+        layout=Spaced(rank),
+        columns=rule.columns,
+        **common,
+    )
     lora_b = Rule(megatron=f"{prefix}.lora_b", hf=tuple(b_tensors), **common)
     if is_embedding:
         return replace(lora_a, split="columns", layout=rule.layout), lora_b
@@ -188,5 +231,5 @@ def _factor_rules(linear: AdaptedLinear) -> tuple[Rule, Rule]:
 
 
 def _saved_rule(rule: Rule) -> Rule:
-    renamed = tuple(HFTensor(PEFT_PREFIX + tensor.name, tensor.shape) for tensor in rule.hf)
+    renamed = tuple(replace(tensor, name=PEFT_PREFIX + tensor.name) for tensor in rule.hf)
     return replace(rule, hf=renamed)

@@ -9,25 +9,31 @@ have adapters for some of its projections. Only experts go together: all of a la
 from __future__ import annotations
 
 import re
-import signal
-import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import FrameType
 
 from mtrain.bridge.rules import Rule, WeightTable, filled, layers_of
 from mtrain.config.tuner import TunerConfig
-from mtrain.lora.plan import AdaptedLinear, Adapter, LoraPlan, endings, module_of
+from mtrain.lora.name_patterns import match_names
+from mtrain.lora.plan import (
+    AdaptedLinear,
+    Adapter,
+    Kind,
+    LoraPlan,
+    endings,
+    kind_of,
+    module_of,
+)
 
-# Shorthand -> role of the weights that it stands for.
-_SHORTHANDS = {"all-linear": "linear", "all-router": "router", "all-embedding": "embedding"}
+# Shorthand -> kinds of the weights that it stands for; no output layer is among them.
+_SHORTHANDS: dict[str, tuple[Kind, ...]] = {
+    "all-linear": ("column", "row", "replicated", "gate", "experts"),
+    "all-router": ("router",),
+    "all-embedding": ("embedding",),
+}
 _NOT_GIVEN = ("all-linear",)
 _TIED_HEAD = "lm_head.weight"
-_MAX_PATTERN_LENGTH = 1_000
-# Processor time for one pattern; an honest one takes milliseconds on the largest models.
-_PATTERN_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,66 +93,12 @@ def choose_targets(table: WeightTable, tuner: TunerConfig) -> LoraPlan:
     )
 
 
-def match_names(pattern: str, names: Iterable[str], *, anywhere: bool = False) -> set[str]:
-    """Finds the names that a regular expression matches, in bounded time.
-
-    A pattern may come with an adapter that somebody else made, and a short one can keep Python's
-    matcher busy for years. So its length is bounded, and a timer of the process's own processor
-    time interrupts it (the matcher looks for signals as it backtracks; a thread could not stop it,
-    since it holds the interpreter's lock).
-
-    Args:
-        pattern: The regular expression.
-        names: What to match; short names, as those of modules are.
-        anywhere: Whether a match inside a name is enough; PEFT wants all of the name.
-
-    Returns:
-        The names that match.
-
-    Raises:
-        ValueError: It is too long, no regular expression, or takes too long. The message begins
-            with the pattern, so that a caller can put before it where it is from.
-    """
-    assert threading.current_thread() is threading.main_thread(), "signals reach the main thread"
-    shown = repr(pattern if len(pattern) <= 100 else f"{pattern[:100]}...")
-    if len(pattern) > _MAX_PATTERN_LENGTH:
-        raise ValueError(f"{shown} is longer than {_MAX_PATTERN_LENGTH:,} characters; shorten it")
-    try:
-        with _time_limit(_PATTERN_SECONDS):
-            compiled = re.compile(pattern)
-            matches = compiled.search if anywhere else compiled.fullmatch
-            return {name for name in names if matches(name)}
-    except TimeoutError:
-        raise ValueError(
-            f"{shown} takes more than {_PATTERN_SECONDS:g} seconds to match the names of this "
-            "model; rewrite it without repeats inside of repeats"
-        ) from None
-    except RecursionError:
-        raise ValueError(f"{shown} has too many nested groups; simplify it") from None
-    except (re.error, OverflowError) as error:
-        raise ValueError(f"{shown} is not a regular expression: {error}") from None
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError after so much processor time, which a busy machine does not use up."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        del signum, frame
-        raise TimeoutError
-
-    previous = signal.signal(signal.SIGVTALRM, interrupt)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, previous)
-
-
 def _parts(table: WeightTable) -> Iterator[_Part]:
     """All tensors of the model; of a tied one also the head, so that its name can be refused."""
     for rule in table.rules:
+        if rule.is_duplicate and rule.place != "last":
+            # The copy of the embedding that multi-token prediction has on the last stage.
+            continue
         for layer in layers_of(rule):
             spellings = (rule.megatron, rule.plain)
             megatron = tuple(filled(name, layer=layer) for name in spellings if name)
@@ -157,20 +109,13 @@ def _parts(table: WeightTable) -> Iterator[_Part]:
                 yield _Part(rule=rule, layer=layer, tensors=names, megatron=megatron)
 
 
-def _can_have_adapter(rule: Rule) -> bool:
-    is_matrix = all(len(tensor.shape) == 2 for tensor in rule.hf)
-    return is_matrix and rule.megatron.endswith(".weight")
-
-
-def _role(rule: Rule) -> str:
-    if rule.place != "layers":
-        return "embedding" if rule.place == "first" else "head"
-    return "router" if rule.megatron.endswith(".router.weight") else "linear"
+def _is_meant(rule: Rule, shorthand: str) -> bool:
+    return rule.place != "last" and kind_of(rule) in _SHORTHANDS[shorthand]
 
 
 def _targeted(parts: Sequence[_Part], tuner: TunerConfig) -> set[_Part]:
     """What --target_modules or --target_regex choose."""
-    candidates = [part for part in parts if _can_have_adapter(part.rule)]
+    candidates = [part for part in parts if kind_of(part.rule) is not None]
     if tuner.target_regex is None:
         flag, tensors = "--target_modules", _named_targets(candidates, tuner.target_modules)
     else:
@@ -192,11 +137,14 @@ def _targeted(parts: Sequence[_Part], tuner: TunerConfig) -> set[_Part]:
 def _named_targets(candidates: Sequence[_Part], targets: Sequence[str]) -> set[str]:
     by_ending = _by_ending(candidates)
     for part in candidates:
-        for ending in endings(module_of(part.megatron[0])):
+        for ending in endings(_megatron_name(part)):
             by_ending[ending].update(part.tensors)
-    for shorthand, role in _SHORTHANDS.items():
+    for shorthand in _SHORTHANDS:
         by_ending[shorthand].update(
-            tensor for part in candidates if _role(part.rule) == role for tensor in part.tensors
+            tensor
+            for part in candidates
+            if _is_meant(part.rule, shorthand)
+            for tensor in part.tensors
         )
     for target in targets:
         if not by_ending.get(target):
@@ -261,7 +209,7 @@ def _saved(parts: Sequence[_Part], modules: Sequence[str]) -> set[_Part]:
                 f"--modules_to_save {_leaf(part.tensors[0])}: PEFT cannot hold whole experts; "
                 "give them an adapter with --target_modules"
             )
-        is_head_or_embedding = part.rule.place != "layers" and _can_have_adapter(part.rule)
+        is_head_or_embedding = part.rule.place in ("first", "last") and kind_of(part.rule)
         if part in chosen and is_tied and is_head_or_embedding:
             raise ValueError(
                 f"--modules_to_save {_leaf(part.tensors[0])}: head and embedding of this model are "
@@ -359,6 +307,11 @@ def _by_ending(parts: Iterable[_Part]) -> defaultdict[str, set[str]]:
     return by_ending
 
 
+def _megatron_name(part: _Part) -> str:
+    """Name of the module, or of the parameter where that is no module's `weight`."""
+    return part.megatron[0].removesuffix(".weight")
+
+
 def _leaf(parameter: str) -> str:
     return module_of(parameter).rpartition(".")[2]
 
@@ -371,7 +324,7 @@ def _leaves(parts: Iterable[_Part]) -> list[str]:
 
 def _existing_targets(candidates: Sequence[_Part], by_ending: Mapping[str, set[str]]) -> str:
     own = [part for part in candidates if not part.rule.is_duplicate]
-    megatron = dict.fromkeys(_leaf(part.megatron[0]) for part in own)
+    megatron = dict.fromkeys(_megatron_name(part).rpartition(".")[2] for part in own)
     shorthands = [shorthand for shorthand in _SHORTHANDS if by_ending[shorthand]]
     longest = max((module_of(part.tensors[0]) for part in own), key=len)
     return (

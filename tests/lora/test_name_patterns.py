@@ -1,11 +1,13 @@
 """Which key of a pattern a name takes: PEFT is the judge; hostile keys end in time."""
 
+import signal
 import time
 
 import pytest
 from peft.utils.other import get_pattern_key
 
-from mtrain.lora.name_patterns import first_matches
+from mtrain.lora import name_patterns
+from mtrain.lora.name_patterns import first_matches, match_names
 
 NAMES = [
     f"model.layers.{layer}.{name}"
@@ -90,3 +92,34 @@ def test_a_key_for_each_of_many_modules_is_quick():
     start = time.monotonic()
     assert first_matches(names, names) == {name: name for name in names}
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (r"(.*)*(.*)*(.*)*x", "more than 0.1 seconds"),
+        (r"((a|.)+)+!", "more than 0.1 seconds"),
+        ("(?i)" + "[\\x00-\U0010ffff]" * 100, "more than 0.1 seconds"),
+        ("(" * 490 + ")" * 490, "nested"),
+        ("a{99999999999}", "not a regular expression"),
+        ("a" * 1001, "longer than 1,000 characters"),
+    ],
+    ids=["repeats", "choices", "classes", "groups", "count", "length"],
+)
+def test_a_hostile_pattern_ends_soon_and_is_refused(pattern, message, monkeypatch):
+    """T26"""
+    monkeypatch.setattr(name_patterns, "_PATTERN_SECONDS", 0.1)
+    handler = signal.getsignal(signal.SIGVTALRM)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        match_names(pattern, ["model.layers.10.self_attn.q_proj" * 2])
+    assert time.monotonic() - start < 5
+    assert signal.getsignal(signal.SIGVTALRM) == handler
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def test_patterns_match_whole_names_or_anywhere():
+    names = ["a.q_proj", "b.q_proj", "b.q_proj.more"]
+    assert match_names(r".\.q_proj", names) == {"a.q_proj", "b.q_proj"}
+    assert match_names("q_proj", names) == set()
+    assert match_names("b.q", names, anywhere=True) == {"b.q_proj", "b.q_proj.more"}

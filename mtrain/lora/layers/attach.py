@@ -9,27 +9,32 @@ them. Call it before the chunks are wrapped.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
 from mtrain.bridge.plan import Backend, Plan, plan_rank
-from mtrain.bridge.rules import WeightTable
+from mtrain.bridge.rules import Rule, WeightTable
 from mtrain.lora.layers.factors import LoraFactors
 from mtrain.lora.layers.linear import (
     adapt_column_linear,
     adapt_embedding,
+    adapt_gate,
     adapt_grouped_linear,
+    adapt_replicated_linear,
     adapt_router,
     adapt_row_linear,
 )
-from mtrain.lora.plan import ADAPTER_CHILD, AdaptedLinear, LoraPlan, adapter_table
+from mtrain.lora.plan import AdaptedLinear, LoraPlan, adapter_table
 from mtrain.parallel import ParallelState
 
 _ADAPT = {
     "column": adapt_column_linear,
     "row": adapt_row_linear,
+    "replicated": adapt_replicated_linear,
     "router": adapt_router,
+    "gate": adapt_gate,
     "embedding": adapt_embedding,
     "experts": adapt_grouped_linear,
 }
@@ -47,7 +52,7 @@ def attach_adapters(
 ) -> None:
     """Gives the linears of a plan their adapters; the factors are allocated, not filled.
 
-    Afterwards exactly the factors and the modules to save require gradients.
+    Afterwards exactly the factors and the parameters of modules to save require gradients.
 
     Args:
         chunks: Bare model chunks of this rank, with their weights loaded.
@@ -57,32 +62,71 @@ def attach_adapters(
         backend: Spelling of the norms in the chunks.
         dtype: Dtype of the factors.
         dropout: Probability that an input of A is dropped in training.
+
+    Raises:
+        ValueError: The run would change weights that an adapter leaves alone.
     """
-    for chunk in chunks:
-        chunk.requires_grad_(False)
-    saved = LoraPlan(linears=(), modules_to_save=lora.modules_to_save)
-    for parameter in _plan(saved, table, state, backend):
-        chunks[parameter.chunk].get_parameter(parameter.name).requires_grad_(True)
-    is_sequence_parallel = chunks[0].config.sequence_parallel
+    config = chunks[0].config
+    if config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate:
+        raise ValueError(
+            f"--moe_router_bias_update_rate {config.moe_router_bias_update_rate} changes weights "
+            "of the model, which LoRA leaves alone; use 0"
+        )
+    _check_copies(lora, table, state)
+    _freeze_all_but(lora.modules_to_save, chunks, table, state, backend)
     for linear in lora.linears:
         scales = _scales(linear, state)
         is_expert = linear.kind == "experts"
-        for chunk, name, a_shape, b_shape in _places(linear, table, state, backend):
-            module = chunks[chunk].get_submodule(name)
-            module.adapter = LoraFactors(
+        is_local = config.moe_shared_expert_overlap and ".shared_experts." in linear.rule.megatron
+        for place in _places(linear, table, state, backend):
+            module = chunks[place.chunk].get_submodule(place.module)
+            adapter = LoraFactors(
                 linear,
-                a_shape=a_shape,
-                b_shape=b_shape,
+                a_shape=place.a_shape,
+                b_shape=place.b_shape,
                 scales=scales,
                 dtype=dtype,
                 device=state.device,
                 dropout=dropout,
                 group=state.groups.etp if is_expert else state.groups.tp,
-                is_sequence_parallel=is_sequence_parallel and not is_expert,
+                is_sequence_parallel=config.sequence_parallel and not is_expert,
+                is_local=is_local and linear.kind != "gate",
             )
-            _mark_factors(module.adapter, linear, state)
+            module.add_module(place.child, adapter)
+            _mark_factors(adapter, linear, state)
             module.__class__ = _ADAPT[linear.kind](type(module))
             _set_up_transformer_engine(module)
+
+
+def _check_copies(lora: LoraPlan, table: WeightTable, state: ParallelState) -> None:
+    """Refuses to train an embedding of which multi-token prediction has a copy elsewhere."""
+    copied = {
+        t for rule in table.rules if rule.place == "mtp" and rule.is_duplicate for t in rule.hf
+    }
+    trained = [*(linear.rule for linear in lora.linears), *lora.modules_to_save]
+    if state.layout.pp_size > 1 and any(copied.intersection(rule.hf) for rule in trained):
+        raise ValueError(
+            "an embedding that LoRA trains must be on one pipeline stage, and multi-token "
+            "prediction has a copy on the last one: leave out the embedding, or use "
+            "--mtp_num_layers 0 or --pipeline_model_parallel_size 1"
+        )
+
+
+def _freeze_all_but(
+    saved: tuple[Rule, ...],
+    chunks: Sequence[torch.nn.Module],
+    table: WeightTable,
+    state: ParallelState,
+    backend: Backend,
+) -> None:
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+    parameters = [dict(chunk.named_parameters()) for chunk in chunks]
+    for planned in _plan(LoraPlan(linears=(), modules_to_save=saved), table, state, backend):
+        # Not among them: the biases that choose experts, which are buffers. No gradient trains
+        # them, but they are saved with their module.
+        if planned.name in parameters[planned.chunk]:
+            parameters[planned.chunk][planned.name].requires_grad_(True)
 
 
 def _set_up_transformer_engine(module: torch.nn.Module) -> None:
@@ -102,16 +146,42 @@ def _plan(lora: LoraPlan, table: WeightTable, state: ParallelState, backend: Bac
     return plan_rank(factors, layout=state.layout, rank=state.rank, backend=backend)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """A linear of this rank.
+
+    Attributes:
+        chunk: Its model chunk.
+        module: Name of the module that gets the factors.
+        child: Name of the factors in it.
+        a_shape: Local shape of A.
+        b_shape: Local shape of B.
+    """
+
+    chunk: int
+    module: str
+    child: str
+    a_shape: tuple[int, ...]
+    b_shape: tuple[int, ...]
+
+
 def _places(
     linear: AdaptedLinear, table: WeightTable, state: ParallelState, backend: Backend
-) -> Iterator[tuple[int, str, tuple[int, ...], tuple[int, ...]]]:
-    """(chunk, name of the module, shape of A, shape of B) of every such linear on this rank."""
+) -> Iterator[_Place]:
+    """Every such linear on this rank."""
     plan = _plan(LoraPlan(linears=(linear,)), table, state, backend)
     shapes = {(parameter.chunk, parameter.name): parameter.shape for parameter in plan}
     for (chunk, name), a_shape in shapes.items():
-        if name.endswith(".lora_a"):
-            b_shape = shapes[chunk, name.removesuffix("a") + "b"]
-            yield chunk, name.removesuffix(f".{ADAPTER_CHILD}.lora_a"), a_shape, b_shape
+        path, _, factor = name.rpartition(".")
+        if factor == "lora_a":
+            module, _, child = path.rpartition(".")
+            yield _Place(
+                chunk=chunk,
+                module=module,
+                child=child,
+                a_shape=a_shape,
+                b_shape=shapes[chunk, f"{path}.lora_b"],
+            )
 
 
 def _scales(linear: AdaptedLinear, state: ParallelState) -> torch.Tensor | float:

@@ -32,6 +32,8 @@ class LoraFactors(torch.nn.Module):
         group: Process group that splits the linear.
         is_sequence_parallel: Whether activations outside of the linear are split along the
             sequence over that group.
+        is_local: Whether that group communicates outside of the linear, which gets all tokens and
+            gives partial sums: shared experts that overlap with the token exchange.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class LoraFactors(torch.nn.Module):
         dropout: float,
         group: dist.ProcessGroup,
         is_sequence_parallel: bool,
+        is_local: bool,
     ) -> None:
         super().__init__()
         self.lora_a = torch.nn.Parameter(torch.empty(a_shape, dtype=dtype, device=device))
@@ -54,6 +57,7 @@ class LoraFactors(torch.nn.Module):
         self.dropout = dropout
         self.group = group
         self.is_sequence_parallel = is_sequence_parallel
+        self.is_local = is_local
         self.scale = scales if isinstance(scales, float) else None
         self.register_buffer(
             "scales", None if isinstance(scales, float) else scales.to(device), persistent=False

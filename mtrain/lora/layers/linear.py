@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.mlp import MLP
 from torch.nn.functional import grouped_mm
 
 from mtrain.lora.layers.factors import LoraFactors, add_up
@@ -44,12 +45,13 @@ def adapt_column_linear(base: type) -> type:
                 output, input_ = output
             adapter = self.adapter
             lora_a, scaled_b = adapter()
-            low_rank = adapter.down(input_, lora_a, is_split=adapter.is_sequence_parallel)
-            if adapter.is_sequence_parallel:
+            is_split = adapter.is_sequence_parallel and not adapter.is_local
+            low_rank = adapter.down(input_, lora_a, is_split=is_split)
+            if is_split:
                 low_rank = gather_from_sequence_parallel_region(
                     low_rank, tensor_parallel_output_grad=True, group=adapter.group
                 )
-            elif adapter.group.size() > 1:
+            elif adapter.group.size() > 1 and not adapter.is_local:
                 low_rank = copy_to_tensor_model_parallel_region(low_rank, group=adapter.group)
             return add_up(output, low_rank, scaled_b), bias
 
@@ -75,6 +77,21 @@ def adapt_row_linear(base: type) -> type:
 
 
 @cache
+def adapt_replicated_linear(base: type) -> type:
+    """A linear that every rank holds whole and applies to its part of the sequence."""
+
+    class AdaptedReplicatedLinear(base):
+        adapter: LoraFactors
+
+        def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            """[seq (/ tp_size), batch, in] -> [seq (/ tp_size), batch, out]."""
+            output, bias = super().forward(input_)
+            return _adapted(output, input_, self.adapter), bias
+
+    return AdaptedReplicatedLinear
+
+
+@cache
 def adapt_router(base: type) -> type:
     """A router, which every rank applies to its part of the sequence, with an adapter."""
 
@@ -83,12 +100,37 @@ def adapt_router(base: type) -> type:
 
         def gating(self, input: torch.Tensor) -> torch.Tensor:
             """[seq, batch, hidden] -> logits [seq, batch, experts]."""
-            adapter = self.adapter
-            lora_a, scaled_b = adapter()
-            low_rank = adapter.down(input, lora_a, is_split=adapter.is_sequence_parallel)
-            return add_up(super().gating(input), low_rank, scaled_b)
+            return _adapted(super().gating(input), input, self.adapter)
 
     return AdaptedRouter
+
+
+@cache
+def adapt_gate(base: type) -> type:
+    """Shared experts whose gate has an adapter.
+
+    The gate is no module of its own, so the adapter belongs to the shared experts.
+    """
+
+    class AdaptedGate(base):
+        gate_adapter: LoraFactors
+
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            """[seq (/ tp_size), batch, hidden] -> alike."""
+            output, _ = MLP.forward(self, hidden_states)
+            return output * self._score(hidden_states)
+
+        def pre_forward_comm(self, input: torch.Tensor) -> None:
+            """The first part of the forward pass where it overlaps with the token exchange."""
+            super().pre_forward_comm(input)
+            with torch.cuda.stream(self.stream):
+                self.gate_score = self._score(input)
+
+        def _score(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            logits = F.linear(hidden_states, self.gate_weight)
+            return _adapted(logits, hidden_states, self.gate_adapter).sigmoid()
+
+    return AdaptedGate
 
 
 @cache
@@ -150,8 +192,17 @@ def adapt_grouped_linear(base: type) -> type:
     return AdaptedGroupedLinear
 
 
+def _adapted(output: torch.Tensor, input_: torch.Tensor, adapter: LoraFactors) -> torch.Tensor:
+    """Adds the adapter to an output where every rank holds both factors whole."""
+    lora_a, scaled_b = adapter()
+    low_rank = adapter.down(input_, lora_a, is_split=adapter.is_sequence_parallel)
+    return add_up(output, low_rank, scaled_b)
+
+
 def _reduced(low_rank: torch.Tensor, adapter: LoraFactors) -> torch.Tensor:
     """Sums over the ranks that hold parts of A; sequence-parallel: each gets its own tokens."""
+    if adapter.is_local:
+        return low_rank
     if adapter.is_sequence_parallel:
         return reduce_scatter_to_sequence_parallel_region(low_rank, group=adapter.group)
     if adapter.group.size() > 1:
