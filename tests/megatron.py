@@ -10,7 +10,10 @@ from mtrain.bridge.families import find_family
 from mtrain.bridge.load import load_weights
 from mtrain.bridge.plan import weight_table
 from mtrain.bridge.safetensors_folder import open_checkpoint
+from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.sources import StoredWeights
+from mtrain.bridge.storage.stored_as import StoredAs, stored_as
+from mtrain.bridge.storage.view import arranged
 from mtrain.config import ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
 from mtrain.model.build import build_model, transformer_config
 from mtrain.model.gpt import LanguageModel
@@ -37,6 +40,7 @@ def load_model(
     """The chunks of this rank with the weights of a checkpoint, or with others that fit it."""
     hf_config = read_config(folder)
     described = find_family(hf_config).megatron_config(hf_config, num_next_tokens)
+    table = weight_table(hf_config, num_next_tokens)
     layout = state.layout
     if sequence_parallel is None:
         sequence_parallel = layout.tp_size > 1
@@ -53,13 +57,18 @@ def load_model(
     chunks = build_model(described, config, state, backend=backend)
     load_weights(
         chunks,
-        weights or open_checkpoint(folder),
-        table=weight_table(hf_config, num_next_tokens),
+        weights or arranged(open_checkpoint(folder), table),
+        table=table,
         layout=layout,
         rank=state.rank,
         backend=backend,
     )
     return chunks
+
+
+def form_of(folder: Path, table: WeightTable) -> StoredAs:
+    """How a checkpoint stores its tensors."""
+    return stored_as(arranged(open_checkpoint(folder), table), table, keeps_fp8=False)
 
 
 def packed_inputs(lengths: list[int], vocab_size: int, *, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from mtrain.parallel import ParallelLayout
 from mtrain.training.optimizer import build_optimizer, build_scheduler
 from mtrain.training.step import train_step
 from mtrain.training.wrap import gather_parameters, unwrap, wrap_chunks
-from tests.megatron import load_model, packed_inputs, read_config
+from tests.megatron import form_of, load_model, packed_inputs, read_config
 from tests.next_tokens import make_checkpoint_with_next_tokens
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
@@ -115,10 +115,12 @@ def train_three_steps(
         losses.append(loss_of(result, state))
         grad_norms.append(result.grad_norm)
     gather_parameters(chunks)
+    table = weight_table(read_config(folder), num_next_tokens)
     save_weights(
         lookup_in(tensors_by_name([unwrap(chunk) for chunk in chunks])),
         output,
-        table=weight_table(read_config(folder), num_next_tokens),
+        table=table,
+        form=form_of(folder, table),
         state=state,
         backend="torch",
         dtype=torch.float32,

@@ -42,9 +42,9 @@ _LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
+    "qk_nope_head_dim": 24,
     "qk_rope_head_dim": 8,
-    "v_head_dim": 20,
+    "v_head_dim": 16,
     "first_k_dense_replace": 1,
     "moe_intermediate_size": 48,
     "n_routed_experts": 4,
@@ -115,7 +115,7 @@ TINY: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
         "routed_scaling_factor": 4.0,
     },
-    "glm4": {"model_type": "glm4", "head_dim": 32, "attention_bias": True, "pad_token_id": 0},
+    "glm4": {"model_type": "glm4", "head_dim": 32, "attention_bias": True, "pad_token_id": None},
     "glm4_moe": {
         "model_type": "glm4_moe",
         "attention_bias": True,
@@ -162,9 +162,10 @@ TINY: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 24,
         "sliding_window": 8,
         "sliding_window_pattern": 3,
+        "pad_token_id": None,
         "tie_word_embeddings": True,
     },
-    "phi3": {"model_type": "phi3", "pad_token_id": 0},
+    "phi3": {"model_type": "phi3", "pad_token_id": None},
     "gpt2": {
         "model_type": "gpt2",
         "n_embd": 64,
@@ -203,9 +204,7 @@ DISTINCT = (
     "qwen3_moe_mixed",
     "deepseek_v3_groups",
     "glm4",
-    "gpt_oss_moe",
     "qwen3_next_moe",
-    "gpt2",
 )
 # Names with experts; a family may have experts whatever its name says.
 MOE = tuple(name for name in TINY if any("experts" in key for key in TINY[name]))

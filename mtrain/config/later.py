@@ -41,7 +41,6 @@ LATER: tuple[Refusal, ...] = (
     Refusal("fp4_format", (None,), "4-bit training is not built; drop it"),
     Refusal("attention_softmax_in_fp32", (True,), "softmax is always computed in float32"),
     Refusal("apply_query_key_layer_scaling", _OFF, "no supported model uses it; drop it"),
-    Refusal("mtp_num_layers", (None, 0), "multi-token prediction comes with a later release"),
     Refusal("context_parallel_size", (1,), "context parallelism comes with a later release; use 1"),
     Refusal("use_megatron_fsdp", (False,), "sharded parameters are not built; use false"),
     Refusal("tp_comm_overlap", (False,), "this overlap is not built; use false"),
@@ -119,12 +118,10 @@ WITHOUT_EFFECT: dict[str, str] = {
     "cross_entropy_loss_fusion": "there is one cross-entropy, and it is fused",
     "cross_entropy_fusion_impl": "there is one cross-entropy, and it is fused",
     "batch_p2p_comm": "follows from --overlap_p2p_comm",
-    "moe_shared_expert_overlap": "no model family built so far has shared experts",
     "packing_num_proc": "planning takes well under a second in one process",
     "dataloader_pin_memory": "batches are small enough to be copied as they are",
     "dataloader_persistent_workers": "the threads live for the whole run",
     "fp8_recipe": "only matters with --fp8_format",
-    "mtp_loss_scaling_factor": "only matters with --mtp_num_layers",
     "optimizer_offload_fraction": "only matters with --optimizer_cpu_offload true",
 }
 

@@ -87,6 +87,16 @@ class TransformerEngineProvider(TESpecProvider):
         return GroupedExperts, None
 
 
+class SinkProvider(TransformerEngineProvider):
+    """The same with our attention: none of Transformer Engine's has sinks in packed sequences."""
+
+    packed_format = "sbhd"
+
+    def core_attention(self) -> type:
+        """Attention between queries, keys and values."""
+        return PackedAttention
+
+
 Provider = TorchProvider | TransformerEngineProvider
 
 
@@ -113,9 +123,16 @@ def choose_backend(transformer_impl: str) -> str:
     return transformer_impl
 
 
-def spec_provider(backend: str) -> Provider:
-    """The modules of a backend, "te" or "torch"."""
-    return TransformerEngineProvider() if backend == "te" else TorchProvider()
+def spec_provider(backend: str, *, has_sinks: bool = False) -> Provider:
+    """The modules of a backend.
+
+    Args:
+        backend: "te" or "torch".
+        has_sinks: Whether heads of attention have sinks.
+    """
+    if backend == "torch":
+        return TorchProvider()
+    return SinkProvider() if has_sinks else TransformerEngineProvider()
 
 
 def block_spec(

@@ -225,7 +225,7 @@ def build_model(
     Returns:
         Chunks on the device with uninitialised weights.
     """
-    provider = spec_provider(backend)
+    provider = spec_provider(backend, has_sinks=config.softmax_type == "learnable")
     layout, pp_rank = state.layout, state.coordinates.pp_rank
     layers = {"layers": described.layers, "has_fused_rope": has_fused_rope(described, backend)}
     chunks = []
@@ -249,9 +249,20 @@ def build_model(
             post_process=is_last,
             vp_stage=vp_stage,
         )
+        _complete_placement(model, state.device)
         _mark_split_parameters(model)
         chunks.append(model)
     return chunks
+
+
+def _complete_placement(model: LanguageModel, device: torch.device) -> None:
+    """Moves what Megatron-Core makes on the CPU, and learned positions also to the model's dtype.
+
+    It leaves both to whoever wraps the model.
+    """
+    model.to(device)
+    if model.pre_process and model.embedding.add_position_embedding:
+        model.embedding.position_embeddings.to(model.config.params_dtype)
 
 
 def has_fused_rope(described: MegatronConfig, backend: str) -> bool:

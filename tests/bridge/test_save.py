@@ -17,7 +17,7 @@ from mtrain.bridge.save import lookup_in, save_weights
 from mtrain.bridge.slices import tensors_by_name
 from mtrain.bridge.written import record_file
 from mtrain.parallel import ParallelLayout
-from tests.megatron import load_model, read_config
+from tests.megatron import form_of, load_model, read_config
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
 
@@ -77,11 +77,13 @@ def digest(chunks):
 
 def load_and_save(state, source, target, max_shard_size, bucket_bytes, dtype=torch.float32):
     chunks = load_model(state, source, dtype=dtype)
+    table = weight_table(read_config(source))
     before = digest(chunks)
     written = save_weights(
         lookup_in(tensors_by_name(chunks)),
         target,
-        table=weight_table(read_config(source)),
+        table=table,
+        form=form_of(source, table),
         state=state,
         backend="torch",
         dtype=dtype,
@@ -189,7 +191,8 @@ def save_computed(state, source, target):
     return save_weights(
         doubled,
         target,
-        table=weight_table(read_config(source)),
+        table=table,
+        form=form_of(source, table),
         state=state,
         backend="torch",
         dtype=torch.float32,

@@ -78,3 +78,10 @@ def test_both_backends_share_our_experts() -> None:
     for backend in ("torch", "te"):
         module, _ = spec_provider(backend).grouped_mlp_modules(True, False)
         assert module is GroupedExperts
+
+
+def test_attention_with_sinks_is_ours_on_both_backends() -> None:
+    for backend in ("torch", "te"):
+        provider = spec_provider(backend, has_sinks=True)
+        assert provider.core_attention() is PackedAttention
+        assert provider.packed_format == "sbhd"

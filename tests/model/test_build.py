@@ -202,6 +202,19 @@ def test_experts_with_biases_may_be_split() -> None:
     assert config.expert_tensor_parallel_size == 2
 
 
+def dtypes_of(state, name, dtype):
+    config = tiny_config(name)
+    described = find_family(config).megatron_config(config)
+    (model,) = build_model(described, config_of(name, dtype=dtype), state, backend="torch")
+    return {parameter.dtype for parameter in model.parameters()}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2_moe"])
+def test_all_parameters_have_the_dtype_of_the_model(name) -> None:
+    """Megatron-Core makes learned positions in float32."""
+    assert run_ranks(ParallelLayout(), dtypes_of, name, torch.bfloat16) == [{torch.bfloat16}]
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -34,9 +34,9 @@ def logits_of(state, folder):
         {"rms_norm_eps": 0.1},
         {"rope_interleave": False},
         {"rope_parameters": LONG_YARN},
-        {"q_lora_rank": None, "v_head_dim": 8},
+        {"q_lora_rank": None, "v_head_dim": 24},
     ],
-    ids=["epsilon", "halves", "yarn", "narrow_values"],
+    ids=["epsilon", "halves", "yarn", "wide_values"],
 )
 def test_logits_equal_hugging_face(changes, tmp_path):
     """Norms of compressed queries and keys have an epsilon of their own, whatever the model's."""
@@ -57,6 +57,6 @@ def test_tensor_parallel_ranks_hold_the_down_projections_whole(tmp_path):
     for shapes in run_ranks(ParallelLayout(world_size=2, tp_size=2), parameters_of, folder):
         assert shapes["linear_q_down_proj.weight"] == (24, 64)
         assert shapes["linear_kv_down_proj.weight"] == (16 + 8, 64)
-        assert shapes["linear_q_up_proj.weight"] == (4 * 24 // 2, 24)
-        assert shapes["linear_kv_up_proj.weight"] == (4 * 36 // 2, 16)
-        assert shapes["linear_proj.weight"] == (64, 4 * 20 // 2)
+        assert shapes["linear_q_up_proj.weight"] == (4 * 32 // 2, 24)
+        assert shapes["linear_kv_up_proj.weight"] == (4 * 40 // 2, 16)
+        assert shapes["linear_proj.weight"] == (64, 4 * 16 // 2)

@@ -37,7 +37,7 @@ def losses_and_gradients(state, folder):
     gradients = {
         name: parameter.grad
         for name, parameter in model.named_parameters()
-        if name.startswith("mtp.layers.0.") and name.count(".") == 4 or "word_emb" in name
+        if (name.startswith("mtp.layers.0.") and name.count(".") == 4) or "word_emb" in name
     }
     return losses.detach(), gradients, MTPLossLoggingHelper.tracker["values"]
 

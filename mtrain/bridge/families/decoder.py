@@ -20,6 +20,7 @@ from mtrain.bridge.families.mlp import Experts, gated_mlp_rules
 from mtrain.bridge.families.next_tokens import NextTokens
 from mtrain.bridge.family import Family, GPTArguments, LayerArguments, MegatronConfig, Rope
 from mtrain.bridge.rules import HFTensor, IgnoredKey, Padded, Rule, WeightTable
+from mtrain.bridge.storage.quantization import check_quantization
 
 LLAMA_NORMS = NormNames()
 
@@ -108,7 +109,7 @@ def read_decoder(
     Raises:
         ValueError: A field is missing or asks for something that is not built.
     """
-    config.refuse(hf_config, "quantization_config", "use the checkpoint that is not quantised")
+    check_quantization(hf_config)
     config.refuse(hf_config, "attention_dropout", "set it to 0 in a copy of the checkpoint")
     activation = hf_config.get(activation_key, activation_default)
     if activation not in _ACTIVATIONS:
@@ -225,7 +226,12 @@ def _weight_table(decoder: Decoder, num_next_tokens: int) -> WeightTable:
             decoder.hidden_size, layer_rules=lambda at: _next_layer(decoder, at)
         )
         rules.append(replace(_embedding(decoder)[0], place="mtp", is_duplicate=True))
-    return WeightTable(num_layers=decoder.num_layers, rules=tuple(rules), ignored=tuple(ignored))
+    return WeightTable(
+        num_layers=decoder.num_layers,
+        rules=tuple(rules),
+        ignored=tuple(ignored),
+        forms=decoder.experts.forms if decoder.experts else (),
+    )
 
 
 def _embedding(decoder: Decoder) -> tuple[Rule, ...]:

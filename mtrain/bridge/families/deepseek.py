@@ -126,7 +126,9 @@ def _softmax_experts(hf_config: Mapping[str, Any]) -> Experts:
     groups, chosen = 1, 1
     if method == "group_limited_greedy":
         groups, chosen = positive_int(hf_config, "n_group"), positive_int(hf_config, "topk_group")
-    return _experts(hf_config, scaling=1.0, renormalises=False, **_group_choice(groups, chosen, scores=1))
+    return _experts(
+        hf_config, scaling=1.0, renormalises=False, **_group_choice(groups, chosen, scores=1)
+    )
 
 
 def _group_choice(groups: int, chosen: int, *, scores: int) -> dict[str, Any]:

@@ -20,10 +20,12 @@ from mtrain.bridge.rules import (
     WeightTable,
 )
 from mtrain.bridge.spans import Span
+from mtrain.bridge.storage.forms import transposed, without_prefix
+from mtrain.bridge.storage.quantization import check_quantization
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _IGNORED = (
-    IgnoredKey(r"transformer\.h\.\d+\.attn\.(masked_)?bias", "causal masks of old transformers"),
+    IgnoredKey(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias", "causal masks of old transformers"),
     IgnoredKey(
         r"lm_head\.weight",
         "tie_word_embeddings: the embedding is used instead",
@@ -33,6 +35,7 @@ _IGNORED = (
 
 
 def _check(hf_config: Mapping[str, Any]) -> None:
+    check_quantization(hf_config)
     refuse(hf_config, "add_cross_attention", "attention to an encoder")
     refuse(hf_config, "scale_attn_by_inverse_layer_idx", "scores that depend on the layer")
     refuse(hf_config, "reorder_and_upcast_attn", "another order of rounding")
@@ -71,7 +74,17 @@ def _weight_table(hf_config: Mapping[str, Any], num_next_tokens: int = 0) -> Wei
         *_linear(at, "mlp.linear_fc1", "mlp.c_fc", width, hidden_size, "out"),
         *_linear(at, "mlp.linear_fc2", "mlp.c_proj", hidden_size, width, "in"),
     ]
-    return WeightTable(num_layers=num_layers, rules=tuple(rules), ignored=_IGNORED)
+    linears = [
+        rule.hf[0].name for rule in rules if rule.place == "layers" and len(rule.hf[0].shape) > 1
+    ]
+    forms = transposed(*linears)
+    names = [tensor.name for rule in rules for tensor in rule.hf]
+    return WeightTable(
+        num_layers=num_layers,
+        rules=tuple(rules),
+        ignored=_IGNORED,
+        forms=(*forms, *without_prefix("transformer.", names, forms)),
+    )
 
 
 def _outside(hf_config: Mapping[str, Any], hidden_size: int) -> list[Rule]:

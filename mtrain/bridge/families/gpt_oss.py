@@ -11,6 +11,7 @@ from mtrain.bridge.families.decoder import Decoder, decoder_family, read_attenti
 from mtrain.bridge.families.mlp import Experts
 from mtrain.bridge.families.qwen3_moe import check_topk
 from mtrain.bridge.hf_config import boolean, number, positive_int, rope, sliding_window
+from mtrain.bridge.storage.forms import stacked_experts
 
 _HEAD_DIM = 64
 _BASE = 150_000.0
@@ -61,6 +62,13 @@ def _experts(hf_config: Mapping[str, Any]) -> Experts:
         layers=tuple(range(positive_int(hf_config, "num_hidden_layers"))),
         router="mlp.router",
         has_biases=True,
+        forms=stacked_experts(
+            "model.layers.{layer}.mlp.experts.",
+            order="interleaved",
+            is_transposed=True,
+            is_native=True,
+            has_bias=True,
+        ),
     )
 
 

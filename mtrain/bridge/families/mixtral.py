@@ -7,6 +7,10 @@ from mtrain.bridge.families.decoder import Decoder, decoder_family, read_attenti
 from mtrain.bridge.families.mlp import Experts
 from mtrain.bridge.families.qwen3_moe import check_topk
 from mtrain.bridge.hf_config import positive_int, refuse, rope, sliding_window
+from mtrain.bridge.storage.forms import StorageForm, stacked_experts
+
+_LAYER = "model.layers.{layer}."
+_MOE = _LAYER + "block_sparse_moe."
 
 
 def _read(hf_config: Mapping[str, Any]) -> Decoder:
@@ -35,6 +39,12 @@ def _experts(hf_config: Mapping[str, Any]) -> Experts:
         router="block_sparse_moe.gate",
         name="block_sparse_moe.experts.{expert}",
         projections=("w1", "w3", "w2"),
+        forms=(
+            StorageForm(stored=_LAYER + "mlp.gate.weight", parts=(f"{_MOE}gate.weight",)),
+            *stacked_experts(
+                _LAYER + "mlp.experts.", canonical=_MOE + "experts.", gate="w1", up="w3", down="w2"
+            ),
+        ),
     )
 
 

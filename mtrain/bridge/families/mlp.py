@@ -8,6 +8,7 @@ from typing import Any, Literal
 from mtrain.bridge.families.layers import LayerNames
 from mtrain.bridge.rules import Concatenated, HFTensor, Regrouped, Rule
 from mtrain.bridge.spans import Span
+from mtrain.bridge.storage.forms import StorageForm, stacked_experts
 
 
 def gated_mlp_rules(
@@ -53,6 +54,9 @@ def _gate_and_up(
         [(f"{hf}.{name}.weight", (width, hidden_size)) for name in ("gate_proj", "up_proj")],
         split="rows",
     )
+
+
+STACKED = stacked_experts("model.layers.{layer}.mlp.experts.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +107,7 @@ class Experts:
         name: Hugging Face name of an expert inside the layer, with `{expert}` open.
         projections: Hugging Face names of gate, up and down inside the expert.
         has_biases: Whether router and experts have biases.
+        forms: Ways in which files hold all experts of a layer at once.
     """
 
     num_experts: int
@@ -121,6 +126,7 @@ class Experts:
     name: str = "mlp.experts.{expert}"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     has_biases: bool = False
+    forms: tuple[StorageForm, ...] = STACKED
 
     def rules(self, at: LayerNames, hidden_size: int, *, norm: str) -> tuple[Rule, ...]:
         """Rules of the weights of some layers; `norm` is the norm before the experts."""
