@@ -165,8 +165,10 @@ def _dtypes(
         stored_name = holder[name].name if name in holder else name
         if form.is_quantized(stored_name):
             dtypes[name] = weights.tensors[name].dtype
+        elif wanted is None:
+            dtypes[name] = source.weights.tensors[name].dtype
         else:
-            dtypes[name] = fixed.get(name) or wanted or source.weights.tensors[name].dtype
+            dtypes[name] = fixed.get(name, wanted)
     return dtypes
 
 
