@@ -1,6 +1,7 @@
 """The checkpoint to start from: found, overridden, checked, before anything else happens."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -9,8 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mtrain.bridge.storage.quantization import Fp8Blocks
+from mtrain.bridge.storage.stored_as import CANONICAL
 from mtrain.cli.model_source import hf_names, open_source, parallel_layout
 from mtrain.config import ModelConfig, ParallelConfig
+from tests.bridge.storage.quantized import quantized_copy
 from tests.megatron import packed_inputs
 from tests.ranks import run_ranks
 from tests.tiny import _LLAMA3_ROPE, make_checkpoint
@@ -89,6 +93,26 @@ def test_another_model_type_is_trained_and_saved_as_such(folder, tmp_path) -> No
     assert "architectures" not in source.hf_config, "they belong to the other type"
     with pytest.raises(ValueError, match="'custom', which no family supports"):
         open_local(tmp_path / "m")
+
+
+def test_the_form_that_weights_are_in_is_that_which_they_are_saved_in(folder, tmp_path) -> None:
+    assert open_local(folder).stored_as(keeps_fp8=False) == CANONICAL
+    with pytest.raises(ValueError, match="has no weights in 8-bit floats"):
+        open_local(folder).stored_as(keeps_fp8=True)
+    quantized = quantized_copy(folder, tmp_path / "quantized", Fp8Blocks(rows=16, columns=16))
+    source = open_local(quantized)
+    form = source.stored_as(keeps_fp8=True)
+    assert form.is_quantized("model.layers.0.self_attn.q_proj.weight")
+    assert not form.is_quantized("model.norm.weight")
+    assert source.stored_as(keeps_fp8=False) == CANONICAL
+    assert {tensor.dtype for tensor in source.weights.tensors.values()} == {"BF16", "F32"}
+
+
+def test_weights_from_torch_dist_are_saved_natively_and_not_in_8_bits(folder) -> None:
+    source = replace(open_local(folder), files=None, mcore_folder=folder)
+    assert source.stored_as(keeps_fp8=False) == CANONICAL
+    with pytest.raises(ValueError, match=f"{folder} has no weights in 8-bit floats"):
+        source.stored_as(keeps_fp8=True)
 
 
 def test_the_own_model_type_changes_nothing(folder) -> None:

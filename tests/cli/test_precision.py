@@ -4,11 +4,21 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
+from mtrain.bridge.storage.quantization import Fp8Blocks
 from mtrain.cli import precision
 from mtrain.cli.adapter_source import open_adapter
 from mtrain.cli.model_source import open_source
-from mtrain.config import ExportConfig, ExportOptions, ModelConfig, ParallelConfig, TunerConfig
+from mtrain.config import (
+    CheckpointConfig,
+    ExportConfig,
+    ExportOptions,
+    ModelConfig,
+    ParallelConfig,
+    TunerConfig,
+)
+from tests.bridge.storage.quantized import quantized_copy
 from tests.lora.peft_folders import save_with_peft
 from tests.tiny import make_checkpoint
 
@@ -27,6 +37,7 @@ def adapter(model, tmp_path_factory) -> Path:
 
 def sides_of(model: Path, *, adapter=None, exported=None, folder="out", merge=False, **options):
     config = ExportConfig(
+        checkpoint=CheckpointConfig(fp8_export=options.pop("fp8_export", False)),
         model=ModelConfig(model=str(model), torch_dtype=options.pop("torch_dtype", None)),
         tuner=TunerConfig(adapters=(str(adapter),) if adapter else (), merge_lora=merge),
         export=ExportOptions(**options),
@@ -42,6 +53,20 @@ def test_what_was_written_for_hugging_face_is_the_judge(model) -> None:
     _, _, sides = sides_of(model, to_hf=True, exported=exported)
     assert (sides.weights, sides.adapter) == (exported, None)
     assert (sides.hf_folder, sides.peft_folder) == (Path("out"), None)
+
+
+def test_8_bit_weights_are_rounded_to_half_precision_on_both_sides(model, tmp_path, monkeypatch):
+    """And what was rounded to 8 bits again is read back."""
+    source = quantized_copy(model, tmp_path / "quantized", Fp8Blocks(rows=16, columns=16))
+    monkeypatch.setattr(precision, "open_torch_dist_model", lambda folder, _: ("model", folder))
+    for wanted in (None, "float32"):
+        _, _, sides = sides_of(source, to_mcore=True, exported=object(), torch_dtype=wanted)
+        assert sides.stored_dtype == torch.bfloat16
+    exported = object()
+    _, _, sides = sides_of(source, to_hf=True, exported=exported)
+    assert (sides.weights, sides.stored_dtype) == (exported, None)
+    _, _, sides = sides_of(source, to_hf=True, exported=exported, folder=source, fp8_export=True)
+    assert (sides.weights.folder, sides.stored_dtype) == (source, torch.bfloat16)
 
 
 def test_a_merged_model_has_no_adapter_on_either_side(model, adapter) -> None:

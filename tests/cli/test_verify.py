@@ -9,8 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mtrain.bridge.safetensors_writer import SafetensorsWriter
+from mtrain.bridge.storage.fp8_blocks import Fp8Slices
+from mtrain.bridge.storage.quantization import Fp8Blocks
 from mtrain.checkpoint.manifest import write_manifest
 from mtrain.cli.main import main
+from tests.bridge.storage.checkpoints import qwen3_moe, rewritten, tensors_of
+from tests.bridge.storage.quantized import quantized_copy
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,6 +95,35 @@ def test_the_first_20_of_each_kind_are_listed(tmp_path, capsys):
     assert lines[0] == "different: 23"
     assert lines[21:24] == ["  ... and 3 more", "only in A: 2", "  tensor.23: F32 [4]"]
     assert lines[-1] == "NOT EQUAL; tensors: 0 equal, 23 different, 2 only in A"
+
+
+def test_one_model_in_two_forms_is_equal(tmp_path, capsys):
+    """Experts stacked or not, and 8-bit floats beside the values that they stand for."""
+    plain = qwen3_moe(tmp_path / "plain", is_original=True, dtype="bfloat16")
+    quantized = quantized_copy(plain, tmp_path / "quantized", Fp8Blocks(rows=16, columns=16))
+    values = {
+        name: Fp8Slices(
+            tensor, stored[f"{name}_scale_inv"], tensor.shape, Fp8Blocks(rows=16, columns=16)
+        )[:]
+        if tensor.dtype == torch.float8_e4m3fn
+        else tensor
+        for stored in [tensors_of(quantized)]
+        for name, tensor in stored.items()
+        if not name.endswith("_scale_inv")
+    }
+    decoded = rewritten(plain, tmp_path / "decoded", values)
+    assert main(["verify", str(decoded), str(quantized)]) == 0
+    assert main(["verify", str(plain), str(quantized)]) == 1
+    assert main(["verify", str(quantized), str(quantized)]) == 0
+    capsys.readouterr()
+
+
+def test_models_of_unknown_families_are_compared_by_what_is_in_their_files(tmp_path, capsys):
+    first, second = make_folder(tmp_path / "a"), make_folder(tmp_path / "b", num_tensors=2)
+    for folder in (first, second):
+        (folder / "config.json").write_text('{"model_type": "unknown"}')
+    assert main(["verify", str(first), str(second)]) == 1
+    assert "only in B: 1" in capsys.readouterr().out
 
 
 def test_of_a_run_the_latest_checkpoint_is_taken_and_named(tmp_path, capsys):
