@@ -13,6 +13,7 @@ from mtrain.bridge.plan import hf_tensors
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.save import DTYPE_NAMES
 from mtrain.bridge.sources import StoredWeights
+from mtrain.bridge.storage.view import arranged
 from mtrain.checkpoint.torch_dist.reader import open_torch_dist
 from mtrain.lora.adapter_weights import adapter_weights
 from mtrain.lora.merged_weights import merge_weights
@@ -43,7 +44,8 @@ class Formats:
     def _checkpoint(self):
         changes = {"num_hidden_layers": 3 if self.name.endswith("mixed") else 2}
         options = {"dtype": "bfloat16", "max_shard_size": "100KB", **changes}
-        return open_checkpoint(make_checkpoint(self.root / "hf", self.name, **options))
+        folder = make_checkpoint(self.root / "hf", self.name, **options)
+        return arranged(open_checkpoint(folder), table_of(folder))
 
     def _converted(self):
         base = self["checkpoint"]
@@ -84,9 +86,8 @@ class Formats:
 def write_torch_dist(state, source, target) -> None:
     from mtrain.checkpoint.torch_dist.streaming.writer import save_torch_dist
 
-    weights = converted(
-        open_checkpoint(source), dict.fromkeys(hf_tensors(table_of(source)), "BF16")
-    )
+    stored = arranged(open_checkpoint(source), table_of(source))
+    weights = converted(stored, dict.fromkeys(hf_tensors(table_of(source)), "BF16"))
     save_torch_dist(
         weights,
         target,
