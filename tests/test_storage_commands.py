@@ -177,6 +177,31 @@ def test_a_run_on_8_bit_weights_saves_8_bits_when_asked_to(machine, tmp_path, is
     assert logits(saved).isfinite().all()
 
 
+def test_layers_of_next_tokens_that_are_not_trained_are_in_what_is_saved(machine, tmp_path) -> None:
+    """In exports and in checkpoints of runs, and the index and the manifest know them."""
+    config = tiny_config("deepseek_v3", dtype="bfloat16", vocab_size=demo.VOCAB_SIZE)
+    plain = write_model(tmp_path / "plain", is_original=True, **config)
+    start = f"model.layers.{config['num_hidden_layers']}."
+    extra = {
+        f"{start}eh_proj.weight": torch.randn(64, 128).bfloat16(),
+        f"{start}enorm.weight": torch.randn(64),
+    }
+    tensors = tensors_of(plain) | extra
+    source = rewritten(plain, tmp_path / "source", tensors, num_nextn_predict_layers=1)
+    demo.write_tokenizer(source)
+    done_well(export(machine, source, tmp_path / "hf", "--to_hf", "true"))
+    assert_same_bytes(tmp_path / "hf", source)
+    words = ("--model", str(source), "--output_dir", str(tmp_path / "run"), *STEPS, *TP_EP)
+    done_well(machine.sft(*words, "--max_shard_size", "100KB", num_ranks=2))
+    saved = tmp_path / "run" / "checkpoint-2"
+    ours = tensors_of(saved)
+    assert ours.keys() == tensors.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in extra.items())
+    index = json.loads((saved / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == tensors.keys()
+    assert check_files(saved) == []
+
+
 @pytest.mark.parametrize(
     ("command", "words", "message"),
     [
