@@ -17,6 +17,9 @@ from mtrain.bridge.converted import converted
 from mtrain.bridge.plan import hf_tensors
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.safetensors_header import read_header, tensor_bytes
+from mtrain.bridge.storage.composed import composed
+from mtrain.bridge.storage.stored_as import stored_as
+from mtrain.bridge.storage.view import arranged
 from mtrain.bridge.written import record_file
 from tests.lora.peft_folders import hf_model, table_of
 from tests.tiny import DISTINCT, make_checkpoint
@@ -32,7 +35,16 @@ def source(request, tmp_path_factory):
 
 
 def in_model_order(folder, dtype="F32"):
-    return converted(open_checkpoint(folder), dict.fromkeys(hf_tensors(table_of(folder)), dtype))
+    weights = as_stored(folder)
+    return converted(weights, dict.fromkeys(weights.tensors, dtype))
+
+
+def as_stored(folder):
+    """The tensors in its files, in the order of the model."""
+    table = table_of(folder)
+    weights = arranged(open_checkpoint(folder), table)
+    own = {name: weights.tensors[name].dtype for name in hf_tensors(table)}
+    return composed(converted(weights, own), stored_as(weights, table, keeps_fp8=False))
 
 
 def written(weights, folder, *, world_size=1, max_shard_size=LIMIT, **options):
@@ -102,7 +114,7 @@ def test_one_file_has_no_number_and_no_index(source, tmp_path):
     assert [[record.name for record in of_rank] for of_rank in records] == [["x.safetensors"], []]
     assert list(contents(tmp_path / "out")) == ["x.safetensors"]
     names = list(read_header(tmp_path / "out" / "x.safetensors"))
-    assert names == list(hf_tensors(table_of(source)))
+    assert names == list(as_stored(source).tensors)
 
 
 def test_records_are_those_of_the_files_on_disk(source, tmp_path):
@@ -127,9 +139,11 @@ def test_a_tensor_keeps_its_own_dtype(source, tmp_path):
     """As a router in float32 among weights in bfloat16."""
     dtypes = {
         name: "F32" if len(shape) == 1 or ".mlp.gate." in name else ("BF16", "F16")[index % 2]
-        for index, (name, shape) in enumerate(hf_tensors(table_of(source)).items())
+        for index, (name, shape) in enumerate(
+            (name, tensor.shape) for name, tensor in as_stored(source).tensors.items()
+        )
     }
-    written(converted(open_checkpoint(source), dtypes), tmp_path / "out")
+    written(converted(as_stored(source), dtypes), tmp_path / "out")
     ours, expected = open_checkpoint(tmp_path / "out"), open_checkpoint(source)
     assert {name: tensor.dtype for name, tensor in ours.tensors.items()} == dtypes
     with ours.open() as reader, expected.open() as reference:

@@ -183,6 +183,7 @@ def test_transformers_reloads_what_was_saved(checkpoints, tmp_path):
 def save_computed(state, source, target):
     """Saves tensors that exist only while they are asked for, as a merge would."""
     (tensors,) = tensors_by_name(load_model(state, source))
+    table = weight_table(read_config(source))
 
     def doubled(chunk, name, expert):
         assert expert is None

@@ -11,7 +11,6 @@ from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.storage.view import arranged
 from tests.tiny import TINY, make_checkpoint, tiny_config
 
-
 # No class of transformers has them.
 REMOTE = ("kimi_k2", "mimo")
 # What no class has a usable default for.
