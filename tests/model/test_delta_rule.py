@@ -22,6 +22,13 @@ PACKS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def eager():
+    """Where a test imported Megatron-Core before mtrain did, it would compile, also without a GPU."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def random_inputs(seq_len, *, batch=1, seed=0, dtype=torch.float32):
     """Query, key, value, log_decay, beta."""
     generator = torch.Generator().manual_seed(seed)
