@@ -24,7 +24,7 @@ PACKS = [
 
 @pytest.fixture(autouse=True)
 def eager():
-    """Where a test imported Megatron-Core before mtrain did, it would compile, also without a GPU."""
+    """Where a test imported Megatron-Core before mtrain did, it would compile on a CPU."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
