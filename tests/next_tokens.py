@@ -68,16 +68,19 @@ def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     )
 
 
-def make_checkpoint_with_next_tokens(folder: Path, name: str) -> tuple[Path, Reference]:
+def make_checkpoint_with_next_tokens(
+    folder: Path, name: str, **sizes: Any
+) -> tuple[Path, Reference]:
     """Writes a checkpoint whose config says that it has one such layer.
 
     Args:
         folder: Where to, a new folder.
         name: One of `NAMES`.
+        **sizes: Changes of the tiny config.
     """
     from transformers import AutoModelForCausalLM
 
-    changes = dict(_DEEPER.get(name, {}))
+    changes = _DEEPER.get(name, {}) | sizes
     deeper = make_checkpoint(
         folder.with_name(folder.name + "_deeper"),
         changes.pop("name", name),

@@ -68,7 +68,7 @@ def load_model(
         training: What is recomputed.
         dtype: Dtype of weights and activations.
     """
-    described = source.family.megatron_config(source.hf_config)
+    described = source.family.megatron_config(source.hf_config, source.num_next_tokens)
     model_config = transformer_config(
         described,
         state.layout,

@@ -41,6 +41,7 @@ class ModelSource:
         hf_config: Its config.json with the overrides of the user applied.
         family: Its family.
         table: Its weights.
+        num_next_tokens: Layers of multi-token prediction among them.
         weights: Its tensors, by their canonical names.
         files: The same with the form that its Hugging Face files hold them in; None for torch_dist.
         mcore_folder: The torch_dist folder that these are in; None for Hugging Face files, which
@@ -51,6 +52,7 @@ class ModelSource:
     hf_config: dict[str, Any]
     family: Family
     table: WeightTable
+    num_next_tokens: int
     weights: StoredWeights
     files: ArrangedWeights | None = None
     mcore_folder: Path | None = None
@@ -99,7 +101,12 @@ def parallel_layout(parallel: ParallelConfig, *, world_size: int) -> ParallelLay
 
 
 def open_source(
-    model: ModelConfig, parallel: ParallelConfig, *, world_size: int, download: bool
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    world_size: int,
+    download: bool,
+    keeps_all: bool = False,
 ) -> ModelSource:
     """Finds the checkpoint and checks that it can be trained in this layout.
 
@@ -108,6 +115,8 @@ def open_source(
         parallel: Parallel sizes.
         world_size: Ranks of the run.
         download: Whether a hub may be asked; ranks find the files in its cache.
+        keeps_all: Whether multi-token prediction belongs to the model where nothing is said about
+            it, because the checkpoint holds it.
 
     Raises:
         ValueError: With the reason, in one line.
@@ -120,12 +129,15 @@ def open_source(
         check_model_folder(folder, model=model, parallel=parallel)
     hf_config = _overridden(read_hf_config(folder), model)
     family = find_family(hf_config)
-    table = family.weight_table(hf_config)
+    mcore_folder = None if model.mcore_model is None else Path(model.mcore_model).expanduser()
+    num_next_tokens = model.mtp_num_layers or 0
+    if keeps_all and model.mtp_num_layers is None:
+        num_next_tokens = _stored_next_tokens(family, hf_config, folder, mcore_folder)
+    table = family.weight_table(hf_config, num_next_tokens)
     layout = parallel_layout(parallel, world_size=world_size)
     for pp_rank in range(layout.pp_size):
         rank = pp_rank * (world_size // layout.pp_size)
         plan_rank(table, layout=layout, rank=rank, backend="torch")
-    mcore_folder = None if model.mcore_model is None else Path(model.mcore_model).expanduser()
     files: ArrangedWeights | None = None
     if mcore_folder is None:
         files = arranged(open_checkpoint(folder), table, blocks=fp8_blocks(hf_config))
@@ -137,10 +149,31 @@ def open_source(
         hf_config=hf_config,
         family=family,
         table=table,
+        num_next_tokens=num_next_tokens,
         weights=weights,
         files=files,
         mcore_folder=mcore_folder,
     )
+
+
+def _stored_next_tokens(
+    family: Family, hf_config: dict[str, Any], folder: Path, mcore_folder: Path | None
+) -> int:
+    """Layers of multi-token prediction that a checkpoint holds: all of its config, or none."""
+    number = family.num_next_tokens(hf_config)
+    if number == 0:
+        return 0
+    last = f"mtp.layers.{number - 1}.eh_proj.weight"
+    if mcore_folder is not None:
+        # Here, not above: they import torch.
+        from mtrain.checkpoint.torch_dist.folder import iteration_folder
+        from mtrain.checkpoint.torch_dist.metadata import read_metadata
+
+        return number if last in read_metadata(iteration_folder(mcore_folder)) else 0
+    (rule,) = (
+        rule for rule in family.weight_table(hf_config, number).rules if rule.megatron == last
+    )
+    return number if rule.hf[0].name in open_checkpoint(folder).tensors else 0
 
 
 def _open_torch_dist(mcore_folder: Path, table: WeightTable) -> StoredWeights:

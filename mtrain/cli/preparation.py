@@ -104,7 +104,13 @@ def open_export_inputs(
 def _open_model(
     config: SftConfig | ExportConfig, *, world_size: int, download: bool
 ) -> tuple[ModelSource, AdapterSource | None]:
-    source = open_source(config.model, config.parallel, world_size=world_size, download=download)
+    source = open_source(
+        config.model,
+        config.parallel,
+        world_size=world_size,
+        download=download,
+        keeps_all=isinstance(config, ExportConfig),
+    )
     # Refuses a form that it cannot be saved in.
     source.stored_as(keeps_fp8=config.checkpoint.fp8_export)
     return source, open_adapter(config, source)

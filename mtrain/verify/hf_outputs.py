@@ -5,6 +5,7 @@ ours, and refused when a weight is missing or left over.
 """
 
 import gc
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -55,6 +56,7 @@ def hf_outputs(
     adapter_folder: Path | None = None,
     dtype: torch.dtype,
     stored_dtype: torch.dtype | None = None,
+    left_out: Sequence[str] = (),
     device: torch.device,
 ) -> list[ModelOutputs]:
     """What the Hugging Face model makes of each text; the model is gone afterwards.
@@ -65,13 +67,15 @@ def hf_outputs(
         adapter_folder: A PEFT adapter to put on it.
         dtype: Dtype of weights and activations.
         stored_dtype: Dtype that weights are rounded to first, as those of the other model were.
+        left_out: Patterns for the names of weights that the class does not have.
         device: Where to run it; the whole model must fit there.
 
     Raises:
         ValueError: A weight of the model or of the adapter is missing or left over.
     """
-    model = _load_model(folder, stored_dtype or dtype).to(device, dtype).eval()
-    layers = model.get_decoder().layers
+    model = _load_model(folder, stored_dtype or dtype, left_out)
+    model = _converted(model, dtype, device).eval()
+    layers = _decoder_layers(model)
     adapted = model if adapter_folder is None else _attach_adapter(model, adapter_folder).eval()
     hidden_states: dict[int, torch.Tensor] = {}
     margins: dict[int, torch.Tensor] = {}
@@ -103,9 +107,31 @@ def hf_outputs(
     return outputs
 
 
+def _converted(
+    model: PreTrainedModel, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The model elsewhere and in another dtype, but for biases that choose experts."""
+    kept = [(router, router.e_score_correction_bias) for router in _biased_routers(model)]
+    model = model.to(device, dtype)
+    for router, bias in kept:
+        router.e_score_correction_bias = bias.to(device)
+    return model
+
+
+def _biased_routers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if "e_score_correction_bias" in module._buffers]
+
+
+def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    decoder = model.get_decoder()
+    return decoder.h if model.config.model_type == "gpt2" else decoder.layers
+
+
 def _keep_hidden_states(found: dict[int, torch.Tensor], index: int) -> Callable[..., None]:
     def keep(_layer: object, _inputs: object, output: torch.Tensor) -> None:
-        found[index] = output[0].to("cpu", torch.float32, copy=True)
+        # Some layers return a tuple, and some a batch.
+        hidden = output[0] if isinstance(output, tuple) else output
+        found[index] = hidden.squeeze(0).to("cpu", torch.float32, copy=True)
 
     return keep
 
@@ -113,7 +139,18 @@ def _keep_hidden_states(found: dict[int, torch.Tensor], index: int) -> Callable[
 def _keep_margins(found: dict[int, torch.Tensor], index: int) -> Callable[..., None]:
     def keep(router: nn.Module, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
         # Routers of transformers 5 return their logits [tokens, experts] first.
-        found[index] = router_margins(output[0].to("cpu", torch.float32), router.top_k)
+        scores = output[0].to("cpu", torch.float32)
+        bias = router._buffers.get("e_score_correction_bias")
+        if bias is not None:
+            scores = scores.sigmoid() + bias.to("cpu", torch.float32)
+        margins = router_margins(scores, router.top_k)
+        num_groups = getattr(router, "num_group", None) or 1
+        if num_groups > 1:
+            # Either the choice of groups is near a tie, or that of experts in them.
+            best = scores.view(len(scores), num_groups, -1).topk(1 if bias is None else 2).values
+            margins = router_margins(best.sum(-1), router.topk_group)
+            margins = margins.minimum(_margins_in_groups(scores, output[2].cpu(), num_groups))
+        found[index] = margins
 
     return keep
 
@@ -150,7 +187,26 @@ def router_margins(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return (best[:, -2] - best[:, -1]) / largest
 
 
-def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _margins_in_groups(
+    scores: torch.Tensor, chosen: torch.Tensor, num_groups: int
+) -> torch.Tensor:
+    """As `router_margins`, of the groups that a token's experts are in.
+
+    Args:
+        scores: float32 [tokens, experts].
+        chosen: int64 [tokens, top_k], the experts of each token.
+        num_groups: Groups of experts.
+    """
+    group_size = scores.shape[1] // num_groups
+    is_chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
+    has_chosen = is_chosen.view(len(scores), num_groups, group_size).any(-1)
+    is_near = has_chosen.repeat_interleave(group_size, dim=1) & ~is_chosen
+    lowest = scores.masked_fill(~is_chosen, torch.inf).amin(-1)
+    highest = scores.masked_fill(~is_near, -torch.inf).amax(-1)
+    return (lowest - highest) / scores.abs().amax(-1)
+
+
+def _load_model(folder: Path, dtype: torch.dtype, left_out: Sequence[str]) -> PreTrainedModel:
     model, found = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
@@ -160,7 +216,12 @@ def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         output_loading_info=True,
         **_without_quantization(folder),
     )
-    _refuse(folder, missing=found["missing_keys"], surplus=found["unexpected_keys"])
+    surplus = [
+        key
+        for key in found["unexpected_keys"]
+        if not any(re.fullmatch(pattern, key) for pattern in left_out)
+    ]
+    _refuse(folder, missing=found["missing_keys"], surplus=surplus)
     return model
 
 

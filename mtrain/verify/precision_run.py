@@ -41,6 +41,7 @@ def run_precision_test(
     vocab_size: int,
     dtype: torch.dtype,
     stored_dtype: torch.dtype | None = None,
+    left_out: Sequence[str] = (),
 ) -> PrecisionReport:
     """Compares loaded chunks with the Hugging Face model; every rank calls it.
 
@@ -54,6 +55,7 @@ def run_precision_test(
         vocab_size: Words of the model without padding.
         dtype: What both models compute in.
         stored_dtype: What the weights of the chunks were rounded to; None if they were not.
+        left_out: Patterns for the names of weights that the Hugging Face class does not have.
 
     Returns:
         The same report on every rank.
@@ -74,6 +76,7 @@ def run_precision_test(
             adapter_folder=adapter_folder,
             dtype=dtype,
             stored_dtype=stored_dtype,
+            left_out=left_out,
             device=device,
         )
         return compare_outputs(ours, theirs, texts, dtype=dtype)

@@ -263,10 +263,15 @@ def _check_parameters(
         fault = _wrong_shape(parameter, stored[key], stacked)
         if fault:
             wrong.append(f"{key} {fault}")
+    # Multi-token prediction may be left out.
+    has_next_tokens = any(parameter.name.startswith("mtp.") for parameter in parameters)
+    left_out = _NO_WEIGHTS if has_next_tokens else (*_NO_WEIGHTS, "mtp.")
     surplus = [
         key
         for key in stored
-        if key not in used and not key.startswith(_NO_WEIGHTS) and "_extra_state" not in key
+        if key not in used
+        and not key.startswith(left_out)
+        and "_extra_state" not in key
     ]
     faults = listed("missing", missing) + listed("not part of the model", surplus)
     faults += listed("wrong shape", wrong)
