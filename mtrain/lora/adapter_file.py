@@ -9,21 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from mtrain.bridge.file_plan import fixed_dtypes
 from mtrain.bridge.plan import Shape, hf_tensors
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_header import read_header
-from mtrain.bridge.safetensors_reader import SafetensorsReader
+from mtrain.bridge.safetensors_reader import DTYPES, SafetensorsReader
 from mtrain.bridge.safetensors_writer import SafetensorsWriter
 from mtrain.bridge.save import DTYPE_NAMES
 from mtrain.bridge.sources import TensorSource
 from mtrain.bridge.written import WrittenFile
 from mtrain.lora.fused_experts import ExpertLayout, FusedFactors, fused_factors
+from mtrain.lora.model_names import plan_in_model
 from mtrain.lora.plan import LoraPlan, adapter_table
 
 
@@ -86,17 +89,26 @@ def write_adapter_file(
         lora: The adapters.
         table: Weights of the model.
         layout: Whether to fuse experts.
-        dtype: Dtype of all tensors.
+        dtype: Dtype of all tensors, but of those that have a fixed one.
 
     Raises:
         OSError: It could not be written.
     """
     fused = fused_factors(lora, table) if layout == "fused" else ()
+    fixed = fixed_dtypes(adapter_table(table, lora))
     outputs = list(_outputs(hf_tensors(adapter_table(table, lora)), fused))
-    entries = [(output.name, DTYPE_NAMES[dtype], output.shape) for output in outputs]
+    names = _names_in_model(lora, table)
+    entries = [
+        (
+            names.get(output.name, output.name),
+            fixed.get(output.first, DTYPE_NAMES[dtype]),
+            output.shape,
+        )
+        for output in outputs
+    ]
     with SafetensorsWriter(target, entries) as writer:
-        for output in outputs:
-            tensor = output.make(lambda name: source.slices(name)[:].to(dtype))
+        for output, (_, its_dtype, _) in zip(outputs, entries, strict=True):
+            tensor = output.make(partial(_read, source, dtype=DTYPES[its_dtype]))
             writer.append(tensor.contiguous().flatten().view(torch.uint8))
     return writer.written
 
@@ -113,7 +125,7 @@ def join_adapter_files(
 
     Args:
         parts: Files that hold the tensors of the adapter under their canonical names, each once, in
-            one dtype. They stay.
+            one dtype but for those that have a fixed one. They stay.
         target: The new file.
         lora: The adapters.
         table: Weights of the model.
@@ -127,12 +139,23 @@ def join_adapter_files(
     assert sorted((name, tensor.shape) for name, tensor in stored) == sorted(shapes.items()), (
         "parts are not the adapter"
     )
-    (name,) = {tensor.dtype for _, tensor in stored}
+    fixed = fixed_dtypes(adapter_table(table, lora))
+    (name,) = {tensor.dtype for name, tensor in stored if name not in fixed}
     (dtype,) = (dtype for dtype, its_name in DTYPE_NAMES.items() if its_name == name)
     with SafetensorsReader(dict(stored)) as source:
         return write_adapter_file(
             source, target, lora=lora, table=table, layout=layout, dtype=dtype
         )
+
+
+def _read(source: TensorSource, name: str, *, dtype: torch.dtype) -> torch.Tensor:
+    return source.slices(name)[:].to(dtype)
+
+
+def _names_in_model(lora: LoraPlan, table: WeightTable) -> dict[str, str]:
+    """Canonical name -> name in the file; PEFT's where transformers calls a module otherwise."""
+    in_model = adapter_table(table, plan_in_model(lora, table))
+    return dict(zip(hf_tensors(adapter_table(table, lora)), hf_tensors(in_model), strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

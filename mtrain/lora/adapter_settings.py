@@ -25,7 +25,6 @@ _REFUSED = {
     "use_dora": "DoRA scales the columns of the merged weight",
     "lora_bias": "biases of the adapter",
     "layer_replication": "layers that occur more than once",
-    "fan_in_fan_out": "transposed weights",
     "trainable_token_indices": "single rows of the embedding are trained",
     "megatron_config": "an adapter of another Megatron model",
     "alora_invocation_tokens": "an adapter that only some tokens see",

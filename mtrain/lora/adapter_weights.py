@@ -1,6 +1,7 @@
 """An adapter as weights: its tensors by PEFT's names, one linear an expert, whatever stores it.
 
-The one thing to know: files may mix dtypes, here all tensors have the widest of them.
+The one thing to know: files may mix dtypes, here all tensors have the widest of them, but for
+those that always have the same one.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any
 
 import torch
 
+from mtrain.bridge.file_plan import fixed_dtypes
 from mtrain.bridge.plan import hf_tensors
 from mtrain.bridge.rules import WeightTable
+from mtrain.bridge.safetensors_reader import DTYPES
 from mtrain.bridge.sources import TensorShape, TensorSource
 from mtrain.lora.peft_format import StoredAdapter
 
@@ -40,7 +43,7 @@ class AdapterWeights:
     def open(self) -> Iterator[TensorSource]:
         """Gives the tensors; read when asked for."""
         with self.adapter.open() as source:
-            yield _WideSource(source, getattr(torch, self.adapter.dtype))
+            yield _WideSource(source, self.tensors)
 
 
 def adapter_weights(adapter: StoredAdapter, table: WeightTable) -> AdapterWeights:
@@ -50,11 +53,13 @@ def adapter_weights(adapter: StoredAdapter, table: WeightTable) -> AdapterWeight
         adapter: The adapter.
         table: What they are (`adapter_table`).
     """
-    dtype = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    fixed = fixed_dtypes(table)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    dtype = names[getattr(torch, adapter.dtype)]
     return AdapterWeights(
         adapter=adapter,
         tensors={
-            name: TensorShape(dtype[adapter.dtype], shape)
+            name: TensorShape(fixed.get(name, dtype), shape)
             for name, shape in hf_tensors(table).items()
         },
     )
@@ -77,9 +82,9 @@ class WideSlices:
 
 
 class _WideSource:
-    def __init__(self, source: TensorSource, dtype: torch.dtype) -> None:
-        self._source, self._dtype = source, dtype
+    def __init__(self, source: TensorSource, tensors: Mapping[str, TensorShape]) -> None:
+        self._source, self._tensors = source, tensors
 
     def slices(self, name: str) -> WideSlices:
         """An object that gives parts of a tensor when it is indexed with slices."""
-        return WideSlices(self._source.slices(name), self._dtype)
+        return WideSlices(self._source.slices(name), DTYPES[self._tensors[name].dtype])

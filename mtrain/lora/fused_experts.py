@@ -9,6 +9,9 @@ There a projection of all experts is one parameter, and gate and up are one: `ga
   gate_up_proj has the key `experts.base_layer.lora_A.weight` and down_proj `experts.lora_A.weight`;
   with one adapted, that one has the latter.
 
+Where the Hugging Face class has matrices as [in, out], A and B are the same all the same: they
+belong to the map. Only the order of gate and up rows in B is that of the parameter.
+
 The one thing to know: gate and up have one A there. Two adapters become [A_gate; A_up] and a
 block-diagonal B. Whoever reads that back has to take the blocks apart again, or the rank would
 double each time; whether B is block-diagonal is seen from its zeros.
@@ -23,7 +26,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from mtrain.bridge.rules import Rule, WeightTable, filled
-from mtrain.lora.plan import PEFT_PREFIX, AdaptedLinear, LoraPlan, factor_names
+from mtrain.bridge.storage.forms import RowOrder, StorageForm
+from mtrain.lora.plan import PEFT_PREFIX, AdaptedLinear, LoraPlan, factor_names, kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -41,11 +45,16 @@ class FusedParameter:
         rule: Rule of its weights, one an expert.
         container: Module that holds it, with `{layer}` open.
         name: Its name there.
+        order: How the rows of its projections follow each other.
+        has_linears: Whether files of the model have experts one by one, so that PEFT knows how to
+            fuse adapters of them.
     """
 
     rule: Rule
     container: str
     name: str
+    order: RowOrder
+    has_linears: bool
 
     @property
     def num_experts(self) -> int:
@@ -63,21 +72,38 @@ class FusedParameter:
         stacked = rank * self.num_experts
         return (stacked, self.rule.hf[0].shape[1]), (sum(self.num_rows), stacked)
 
+    def rows(self, lora_b: torch.Tensor, source: int) -> torch.Tensor:
+        """A view of the rows of B that belong to a projection."""
+        if self.order == "interleaved":
+            return lora_b[source :: len(self.num_rows)]
+        return lora_b.split(self.num_rows)[source]
+
     def lookup_name(self, layer: int) -> str:
         """The name under which PEFT looks it up in its patterns."""
         return filled(f"{self.container}.{self.name}", layer=layer)
 
 
 def fused_parameters(table: WeightTable) -> tuple[FusedParameter, ...]:
-    """The fused parameters of a model, in the order of their module."""
+    """The fused parameters of a model, in the order of their module.
+
+    Layers of multi-token prediction have none: no class of transformers has those layers.
+    """
+    forms = {form.parts: form for form in reversed(table.forms) if form.has_experts}
     return tuple(
-        FusedParameter(
-            rule=rule,
-            container=rule.hf[0].name.partition(".{expert}.")[0],
-            name="gate_up_proj" if len(rule.hf) > 1 else "down_proj",
-        )
+        _fused_parameter(rule, forms[tuple(tensor.name for tensor in rule.hf)])
         for rule in table.rules
-        if rule.num_experts is not None and len(rule.hf[0].shape) == 2
+        if rule.place == "layers" and kind_of(rule) == "experts"
+    )
+
+
+def _fused_parameter(rule: Rule, form: StorageForm) -> FusedParameter:
+    container, _, name = form.stored.rpartition(".")
+    return FusedParameter(
+        rule=rule,
+        container=container,
+        name=name,
+        order=form.order,
+        has_linears=not form.is_native,
     )
 
 
@@ -140,8 +166,7 @@ class FusedFactors:
     def take_b(self, fused: torch.Tensor, expert: int, source: int) -> torch.Tensor:
         """B of one expert's projection, [out, rank], from the stored one."""
         span = self._span(source)
-        start = sum(self.parameter.num_rows[:source])
-        rows = fused[start : start + self.parameter.num_rows[source]]
+        rows = self.parameter.rows(fused, source)
         return rows.unflatten(1, (self.rank, -1))[:, span.start : span.stop, expert]
 
     def fuse(self, get: Callable[[str], torch.Tensor], *, which: int) -> torch.Tensor:
@@ -215,10 +240,15 @@ def used_ranks(lora_b: torch.Tensor, parameter: FusedParameter, rank: int) -> tu
         Ranks from 0 that the first projection uses in any expert, and the first rank that the
         second one uses. The blocks are apart if the latter is not smaller.
     """
-    first, second = lora_b.split(parameter.num_rows)
     in_first, in_second = (
-        (rows != 0).any(dim=0).view(rank, -1).any(dim=1).nonzero().flatten().tolist()
-        for rows in (first, second)
+        (parameter.rows(lora_b, source) != 0)
+        .any(dim=0)
+        .view(rank, -1)
+        .any(dim=1)
+        .nonzero()
+        .flatten()
+        .tolist()
+        for source in (0, 1)
     )
     return max(in_first, default=-1) + 1, min(in_second, default=rank)
 

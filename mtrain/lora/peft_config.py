@@ -29,11 +29,22 @@ from mtrain.lora.fused_experts import (
     fused_factors,
     fused_parameters,
 )
+from mtrain.lora.model_names import plan_in_model, table_in_model
 from mtrain.lora.name_patterns import ANY_NUMBER
-from mtrain.lora.plan import AdaptedLinear, Adapter, LoraPlan, endings, module_name, module_of
+from mtrain.lora.plan import (
+    AdaptedLinear,
+    Adapter,
+    LoraPlan,
+    endings,
+    module_name,
+    module_of,
+    tied_tensors,
+)
 
 # `mlp.gate.weight` or `mlp.experts.down_proj`: the last two names alone say too little to people.
 _PARAMETER_PARTS = 3
+# PEFT 0.21 converts adapters of all that fuses its experts like this one, but not of itself.
+_NOT_CONVERTED = ("qwen2_moe",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +89,7 @@ def adapter_config(
     Raises:
         ValueError: PEFT has no way to express the adapter.
     """
+    lora, table = plan_in_model(lora, table), table_in_model(table)
     adapters = [
         a for linear in lora.linears for a in linear.adapters if a for _ in linear.layers or (0,)
     ]
@@ -99,7 +111,7 @@ def adapter_config(
         "exclude_modules": None,
         "lora_alpha": _number(alpha),
         "lora_dropout": 0.0 if has_parameters else dropout,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": _is_transposed(lora, table),
         "bias": "none",
         "use_rslora": use_rslora,
         "modules_to_save": _modules_to_save(lora, table) or None,
@@ -118,7 +130,7 @@ def adapter_config(
     }
 
 
-def per_expert_problem(lora: LoraPlan, table: WeightTable) -> str | None:
+def per_expert_problem(lora: LoraPlan, table: WeightTable, *, model_type: str) -> str | None:
     """Why PEFT with transformers 5 does not load experts that are stored one by one.
 
     Its conversion needs gate and up together, takes them for the inner one of two parameters, and
@@ -127,11 +139,15 @@ def per_expert_problem(lora: LoraPlan, table: WeightTable) -> str | None:
     Args:
         lora: The adapters.
         table: Weights of the model.
+        model_type: That of the model's config.json.
 
     Returns:
         The reason, or None if it loads them.
     """
     fused = fused_factors(lora, table)
+    is_converted = model_type not in _NOT_CONVERTED
+    if not all(factors.parameter.has_linears and is_converted for factors in fused):
+        return f"PEFT does not load experts of a {model_type} model that are stored one by one"
     found = {(factors.parameter.name, factors.layer) for factors in fused}
     everywhere = [
         {(parameter.name, layer) for layer in parameter.rule.layers}
@@ -157,7 +173,7 @@ def _targets(lora: LoraPlan, table: WeightTable, layout: ExpertLayout) -> Iterat
         for tensor in parameter.rule.hf
     }
     for linear in lora.linears:
-        is_fused = linear.kind == "experts" and layout == "fused"
+        is_fused = layout == "fused" and linear.rule in [one.parameter.rule for one in fused]
         for layer, tensor, adapter in _adapted(linear) if not is_fused else ():
             module = filled(module_name(tensor), layer=layer, expert=ANY_NUMBER)
             # transformers 5 has no linear for the router.
@@ -226,6 +242,14 @@ def _check_one_scale(factors: FusedFactors, lora: LoraPlan) -> None:
         )
 
 
+def _is_transposed(lora: LoraPlan, table: WeightTable) -> bool:
+    """Whether the model has matrices as [in, out], in transformers' `Conv1D`."""
+    transposed = {
+        form.stored for form in table.forms if form.is_transposed and not form.has_experts
+    }
+    return any(tensor.name in transposed for linear in lora.linears for tensor in linear.rule.hf)
+
+
 def _adapted(linear: AdaptedLinear) -> Iterator[tuple[int | None, HFTensor, Adapter]]:
     for layer in linear.layers or (None,):
         for source in linear.sources:
@@ -254,7 +278,7 @@ def _target_parameters(targets: list[_Target], table: WeightTable) -> list[str]:
 
 def _modules_to_save(lora: LoraPlan, table: WeightTable) -> list[str]:
     """Names of modules that are saved whole; PEFT takes them for ends of names, dot or not."""
-    tied = {tensor for rule in table.rules if rule.is_duplicate for tensor in rule.hf}
+    tied = tied_tensors(table)
     chosen: list[str] = []
     for rule in lora.modules_to_save:
         if rule.num_experts is not None:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtrain.bridge.rules import Rule, WeightTable, filled, layers_of
+from mtrain.bridge.file_plan import fixed_dtypes
+from mtrain.bridge.rules import Rule, WeightTable
 from mtrain.bridge.safetensors_header import read_header
 from mtrain.bridge.sources import StoredShape
 from mtrain.lora.adapter_settings import AdapterSettings, read_settings, scale_ratio
 from mtrain.lora.fused_experts import FusedFactors
-from mtrain.lora.plan import PEFT_PREFIX, AdaptedLinear, Adapter, LoraPlan, module_name, module_of
+from mtrain.lora.model_names import file_names
+from mtrain.lora.plan import PEFT_PREFIX, AdaptedLinear, Adapter, LoraPlan, module_name
+from mtrain.lora.saved_modules import find_saved_modules, saved_names
 from mtrain.lora.stored_factors import (
     StoredProjection,
     find_fused,
@@ -47,9 +50,11 @@ class StoredAdapter:
         config: Its adapter_config.json.
         base: Name or path of the model it was trained on, as its author wrote it.
         dropout: Dropout that it was trained with.
-        dtype: The widest dtype of its tensors, e.g. "bfloat16".
+        dtype: The widest dtype of its tensors, e.g. "bfloat16"; those that always have the same
+            dtype do not count.
         fused: Factors of all experts at once in its file.
         source: Opens what holds its tensors.
+        stored_names: Canonical name -> name in the file, of tensors that have another one there.
     """
 
     folder: Path
@@ -60,10 +65,13 @@ class StoredAdapter:
     dtype: str
     fused: tuple[FusedFactors, ...] = ()
     source: Callable[[Sequence[FusedFactors]], AbstractContextManager[TensorSource]]
+    stored_names: Mapping[str, str] = field(default_factory=dict)
 
-    def open(self) -> AbstractContextManager[TensorSource]:
+    @contextmanager
+    def open(self) -> Iterator[TensorSource]:
         """Gives its tensors by their canonical names, one linear an expert; read when asked for."""
-        return self.source(self.fused)
+        with self.source(self.fused) as source:
+            yield _Renamed(source, self.stored_names)
 
 
 def read_adapter(folder: Path, table: WeightTable) -> StoredAdapter:
@@ -112,6 +120,8 @@ def stored_adapter(
     """
     try:
         _check_kinds(tensors)
+        canonical = file_names(tensors, table)
+        tensors = {canonical.get(name, name): tensor for name, tensor in tensors.items()}
         fused = find_fused(tensors, table)
         projections = [
             *find_projections(tensors, table, settings),
@@ -119,8 +129,8 @@ def stored_adapter(
         ]
         left = set(tensors) - {name for projection in projections for name in projection.tensors}
         left -= _copied_embeddings(tensors, projections)
-        modules_to_save = _modules_to_save(tensors, left, table, settings)
-        left -= {name for rule in modules_to_save for name in _saved_names(rule)}
+        modules_to_save = find_saved_modules(tensors, left, table, settings)
+        left -= {name for rule in modules_to_save for name in saved_names(rule)}
         _check_nothing_left(left, table)
         if not projections:
             raise ValueError("has no factors of an adapter")
@@ -134,10 +144,23 @@ def stored_adapter(
         config=settings.config,
         base=settings.base,
         dropout=settings.dropout,
-        dtype=_widest_dtype(tensors),
+        dtype=_widest_dtype(tensors, table),
         fused=tuple(fused),
         source=source,
+        stored_names={name: stored for stored, name in canonical.items()},
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Renamed:
+    """A source by canonical names."""
+
+    source: TensorSource
+    stored_names: Mapping[str, str]
+
+    def slices(self, name: str) -> Any:
+        """An object that gives parts of a tensor when it is indexed with slices."""
+        return self.source.slices(self.stored_names.get(name, name))
 
 
 def _open_file(path: Path, fused: Sequence[FusedFactors]) -> AbstractContextManager[TensorSource]:
@@ -168,8 +191,9 @@ def _check_kinds(tensors: Mapping[str, StoredShape]) -> None:
             raise ValueError(f"{name} is {tensor.dtype}; quantised adapters are not built")
 
 
-def _widest_dtype(tensors: Mapping[str, StoredShape]) -> str:
-    found = {tensor.dtype for tensor in tensors.values()}
+def _widest_dtype(tensors: Mapping[str, StoredShape], table: WeightTable) -> str:
+    fixed = {PEFT_PREFIX + name for name in fixed_dtypes(table)}
+    found = {tensor.dtype for name, tensor in tensors.items() if name not in fixed}
     if found == {"F16", "BF16"}:
         return "float32"
     return next(name for dtype, name in _DTYPES.items() if dtype in found)
@@ -190,89 +214,6 @@ def _copied_embeddings(
         for name, weight in named.items()
         if name in tensors and tensors[name].shape == weight.shape
     }
-
-
-def _modules_to_save(
-    tensors: Mapping[str, StoredShape],
-    left: set[str],
-    table: WeightTable,
-    settings: AdapterSettings,
-) -> tuple[Rule, ...]:
-    """Rules of the weights that are stored whole."""
-    tied = {tensor.name for rule in table.rules if rule.is_duplicate for tensor in rule.hf}
-    saved: list[Rule] = []
-    for rule in table.rules:
-        if rule.is_duplicate:
-            continue
-        layers = []
-        for layer in layers_of(rule):
-            shapes = dict(_saved_shapes(rule, layer))
-            there = [name for name in shapes if name in left]
-            if not there:
-                continue
-            _check_saved(there, shapes, tensors, settings)
-            if rule.hf[0].name in tied:
-                raise ValueError(
-                    f"holds {there[0]}, which this model uses as output layer too; PEFT trains the "
-                    "two apart, which is not built"
-                )
-            layers.append(layer)
-        if layers:
-            saved.append(replace(rule, layers=tuple(layers) if rule.layers else ()))
-    _check_saved_modules(saved, table, settings)
-    return tuple(saved)
-
-
-def _saved_shapes(rule: Rule, layer: int | None) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for expert in range(rule.num_experts) if rule.num_experts else (None,):
-        for tensor in rule.hf:
-            name = filled(tensor.name, layer=layer, expert=expert)
-            yield PEFT_PREFIX + name, tensor.shape
-
-
-def _saved_names(rule: Rule) -> Iterator[str]:
-    for layer in layers_of(rule):
-        yield from (name for name, _ in _saved_shapes(rule, layer))
-
-
-def _check_saved(
-    there: Sequence[str],
-    shapes: Mapping[str, tuple[int, ...]],
-    tensors: Mapping[str, StoredShape],
-    settings: AdapterSettings,
-) -> None:
-    """Checks the weights of one parameter that are stored whole."""
-    for name in there:
-        module = _module_of(name)
-        if not any(module.endswith(key) for key in settings.modules_to_save):
-            raise ValueError(f"holds {name}, which 'modules_to_save' does not name")
-        if tensors[name].shape != shapes[name]:
-            raise ValueError(
-                f"{name} has shape {list(tensors[name].shape)}, expected {list(shapes[name])}"
-            )
-    missing = [name for name in shapes if name not in there]
-    if missing:
-        raise ValueError(f"holds {there[0]} without {missing[0]}; they are trained together")
-
-
-def _module_of(stored: str) -> str:
-    """The module that a stored tensor belongs to, by its name in the model."""
-    return module_of(stored.removeprefix(PEFT_PREFIX))
-
-
-def _check_saved_modules(
-    saved: Sequence[Rule], table: WeightTable, settings: AdapterSettings
-) -> None:
-    """Checks that modules are stored with all their tensors, and that none is missing."""
-    names = {name for rule in saved for name in _saved_names(rule)}
-    modules = {_module_of(name) for name in names}
-    for key in settings.modules_to_save:
-        if not any(module.endswith(key) for module in modules):
-            raise ValueError(f"'modules_to_save' names {key}, of which no weight is there")
-    for rule in table.rules:
-        for name in _saved_names(rule) if modules else ():
-            if _module_of(name) in modules and name not in names:
-                raise ValueError(f"holds module {_module_of(name)} without {name}")
 
 
 def _check_nothing_left(left: set[str], table: WeightTable) -> None:

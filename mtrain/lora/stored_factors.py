@@ -22,7 +22,8 @@ from mtrain.lora.fused_experts import (
     split_ranks,
     used_ranks,
 )
-from mtrain.lora.plan import factor_names, module_name
+from mtrain.lora.model_names import table_in_model
+from mtrain.lora.plan import factor_names, kind_of, module_name
 
 Tensors = Mapping[str, StoredShape]
 
@@ -58,30 +59,31 @@ def find_projections(
     Raises:
         ValueError: One is incomplete or has a wrong shape.
     """
-    for rule in table.rules:
-        if rule.is_duplicate or len(rule.hf[0].shape) != 2:
+    in_model = table_in_model(table)
+    for rule, known in zip(table.rules, in_model.rules, strict=True):
+        if rule.is_duplicate or kind_of(rule) is None:
             continue
+        is_embedding = kind_of(rule) == "embedding"
+        experts = range(rule.num_experts) if rule.num_experts else (None,)
         for layer in layers_of(rule):
             for source, tensor in enumerate(rule.hf):
-                experts = range(rule.num_experts) if rule.num_experts else (None,)
                 named = [_in_place(tensor, layer, expert) for expert in experts]
-                ranks = [
-                    _stored_rank(tensors, one, is_embedding=rule.place == "first") for one in named
-                ]
+                ranks = [_stored_rank(tensors, one, is_embedding=is_embedding) for one in named]
                 if not any(ranks):
                     continue
                 _check_experts(named, ranks)
+                looked_up = [_in_place(known.hf[source], layer, expert) for expert in experts]
                 yield StoredProjection(
                     rule=rule,
                     source=source,
                     layer=layer,
                     rank=ranks[0],
                     stored_rank=ranks[0],
-                    lookup_names=tuple(settings.lookup_name(module_name(one)) for one in named),
+                    lookup_names=tuple(settings.lookup_name(module_name(one)) for one in looked_up),
                     tensors=tuple(
                         name
                         for one in named
-                        for name in factor_names(one, is_embedding=rule.place == "first")
+                        for name in factor_names(one, is_embedding=is_embedding)
                     ),
                 )
 

@@ -88,7 +88,14 @@ def adapter_lookup(chunks: Sequence[torch.nn.Module], *, dtype: torch.dtype) -> 
         dtype: Dtype to save in; modules to save may have another one than the factors.
     """
     lookup = lookup_in(tensors_by_name(chunks))
-    return lambda chunk, name, expert: lookup(chunk, name, expert).detach().to(dtype)
+
+    def lookup_parameter(chunk: int, name: str, expert: int | None) -> torch.Tensor:
+        tensor = lookup(chunk, name, expert).detach()
+        # Buffers have a dtype of their own, which the table knows.
+        return tensor.to(dtype) if name in parameters[chunk] else tensor
+
+    parameters = [dict(chunk.named_parameters()).keys() for chunk in chunks]
+    return lookup_parameter
 
 
 class _FreshFactors:

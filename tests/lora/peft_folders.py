@@ -13,7 +13,14 @@ from mtrain.bridge.plan import hf_tensors, weight_table
 from mtrain.bridge.rules import layers_of
 from mtrain.lora.adapter_file import join_adapter_files
 from mtrain.lora.peft_config import adapter_config
-from mtrain.lora.plan import AdaptedLinear, Adapter, LoraPlan, adapter_table, factor_names
+from mtrain.lora.plan import (
+    AdaptedLinear,
+    Adapter,
+    LoraPlan,
+    adapter_table,
+    factor_names,
+    kind_of,
+)
 from tests.megatron import read_config
 
 # Of PEFT's warnings these say nothing about what was written: the first is about parameters, whose
@@ -33,20 +40,52 @@ def hf_model(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def weights_of(model) -> dict[str, torch.Tensor]:
-    """Weights by their names in files, where each expert has its own."""
-    weights = {}
+def views_of(model) -> dict[str, torch.Tensor]:
+    """Weights by their names in files, where each expert has its own; changing one changes it."""
+    views = {}
     for name, tensor in model.state_dict().items():
         container, _, leaf = name.rpartition(".")
-        for expert, weight in enumerate(tensor if container.endswith(".experts") else ()):
-            parts = {leaf: weight}
-            if leaf == "gate_up_proj":
-                parts = dict(zip(("gate_proj", "up_proj"), weight.chunk(2), strict=True))
-            for leaf_of_part, part in parts.items():
-                weights[f"{container}.{expert}.{leaf_of_part}.weight"] = part
-        if not container.endswith(".experts"):
-            weights[name] = tensor
-    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+        if container.endswith(".experts"):
+            for expert, stacked in enumerate(tensor):
+                views |= _views_of_expert(model.config.model_type, container, expert, leaf, stacked)
+        else:
+            views[_in_files(model, name)] = (
+                tensor.t() if model.config.model_type == "gpt2" and _is_linear(name) else tensor
+            )
+    return views
+
+
+def _in_files(model, name):
+    if model.config.model_type == "mixtral":
+        return name.replace(".mlp.", ".block_sparse_moe.")
+    return name
+
+
+def _is_linear(name):
+    return ".h." in name and ".c_" in name and name.endswith("weight")
+
+
+def _views_of_expert(model_type, container, expert, leaf, tensor):
+    """Projections of one expert, from its part of a stacked parameter."""
+    kind = "bias" if leaf.endswith("_bias") else "weight"
+    if model_type == "gpt_oss" and kind == "weight":
+        tensor = tensor.t()
+    if leaf.startswith("down_proj"):
+        parts = {"down_proj": tensor}
+    elif model_type == "gpt_oss":
+        parts = {"gate_proj": tensor[::2], "up_proj": tensor[1::2]}
+    else:
+        parts = dict(zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True))
+    if model_type == "mixtral":
+        container = container.replace(".mlp.", ".block_sparse_moe.")
+        names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+        parts = {names[name]: part for name, part in parts.items()}
+    return {f"{container}.{expert}.{name}.{kind}": part for name, part in parts.items()}
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    """The same as copies."""
+    return {name: view.detach().clone() for name, view in views_of(model).items()}
 
 
 @torch.no_grad()
@@ -55,17 +94,9 @@ def merged_by_hand(folder, changes):
     model = hf_model(folder)
     # An adapter of the embedding does not change an output layer that is tied to it.
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
-    weights = weights_of(model)
-    changed = {name: weight + changes.get(name, 0) for name, weight in weights.items()}
-    for name, tensor in model.state_dict().items():
-        container, _, leaf = name.rpartition(".")
-        leaves = ["gate_proj", "up_proj"] if leaf == "gate_up_proj" else [leaf]
-        for expert, weight in enumerate(tensor if container.endswith(".experts") else ()):
-            weight.copy_(
-                torch.cat([changed[f"{container}.{expert}.{one}.weight"] for one in leaves])
-            )
-        if not container.endswith(".experts"):
-            tensor.copy_(changed[name])
+    views = views_of(model)
+    for name, change in changes.items():
+        views[name].add_(change)
     return model
 
 
@@ -119,7 +150,7 @@ def make_plan(table, choose, *, modules_to_save=()) -> LoraPlan:
     """A plan; `choose(name of a Hugging Face weight, layer)` gives its adapter or None."""
     linears = []
     for rule in table.rules:
-        if rule.is_duplicate or len(rule.hf[0].shape) != 2:
+        if rule.is_duplicate or kind_of(rule) is None:
             continue
         groups: dict[tuple, list[int]] = {}
         for layer in layers_of(rule):

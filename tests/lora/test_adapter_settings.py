@@ -58,7 +58,6 @@ def test_a_targeted_parameter_is_looked_up_by_its_own_name(tmp_path):
         ({"peft_type": None}, "'peft_type' is None"),
         ({"peft_type": ["LORA"]}, "'peft_type'"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"megatron_config": {"tp": 1}}, "megatron_config"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),

@@ -28,6 +28,8 @@ from tests.tiny import make_checkpoint, tiny_config
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 ALL = (*ATTENTION, *MLP)
+LAYER = "model.layers.{layer}."
+SCORE_BIAS = "mlp.gate.e_score_correction_bias"
 DENSE = weight_table(tiny_config("qwen3"))
 MOE = weight_table(tiny_config("qwen3_moe"))
 MIXED = weight_table(tiny_config("qwen3_moe_mixed"))
@@ -35,11 +37,17 @@ MIXED = weight_table(tiny_config("qwen3_moe_mixed"))
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    names = ("qwen2", "qwen3_tied", "qwen3_moe", "qwen3_moe_mixed")
-    return {
-        name: make_checkpoint(tmp_path_factory.mktemp(name), name, num_hidden_layers=3)
-        for name in names
-    }
+    made = {}
+
+    def get(name):
+        if name not in made:
+            # The fourth layer of Qwen3-Next is the first with attention.
+            num_layers = 4 if name == "qwen3_next_moe" else 3
+            folder = tmp_path_factory.mktemp(name)
+            made[name] = make_checkpoint(folder, name, num_hidden_layers=num_layers)
+        return made[name]
+
+    return get
 
 
 def everywhere(leaves, **adapter):
@@ -60,6 +68,17 @@ def uneven(name, layer):
 
 def some_layers(name, layer):
     return Adapter(rank=4, alpha=2.0 + layer) if layer in (0, 2) else None
+
+
+def all_linears(name, layer):
+    others = ("embed_tokens", "lm_head", "wte", "gate", "router")
+    return None if name.split(".")[-2] in others else Adapter(rank=4, alpha=6.0)
+
+
+def linears_and_router(name, layer):
+    """Router with a rank and alpha of its own."""
+    is_router = name.split(".")[-2] in ("gate", "router")
+    return Adapter(rank=3, alpha=5.0) if is_router else all_linears(name, layer)
 
 
 CASES = [
@@ -85,12 +104,32 @@ CASES = [
     ("qwen3_moe", "fused", everywhere(("gate_proj",)), ()),
     ("qwen3_moe_mixed", "fused", everywhere(("up_proj", "down_proj")), ()),
     ("qwen3_moe", "fused", some_layers, ()),
+    *((name, "per_expert", all_linears, ()) for name in ("glm4", "gemma3", "phi3", "gpt2")),
+    ("gpt2", "per_expert", everywhere(("c_attn", "wte")), ("transformer.wpe.weight",)),
+    ("phi3", "per_expert", some_layers, ("lm_head.weight",)),
+    *(
+        (name, layout, linears_and_router, ())
+        for name in ("deepseek_v3", "mixtral", "glm4_moe", "qwen3_next_moe")
+        for layout in ("per_expert", "fused")
+    ),
+    ("qwen2_moe", "fused", linears_and_router, ()),
+    ("qwen2_moe", "per_expert", everywhere(("q_proj", "gate", "shared_expert_gate")), ()),
+    ("gpt_oss_moe", "fused", linears_and_router, ("model.norm.weight",)),
+    ("gpt_oss_moe", "per_expert", everywhere(("q_proj", "router")), ("lm_head.weight",)),
+    ("deepseek_v3", "fused", all_linears, (f"{LAYER}mlp.gate.weight", f"{LAYER}{SCORE_BIAS}")),
+    ("mixtral", "per_expert", all_linears, (f"{LAYER}block_sparse_moe.gate.weight",)),
+    (
+        "qwen2_moe",
+        "fused",
+        everywhere(("o_proj",)),
+        (f"{LAYER}mlp.shared_expert_gate.weight", f"{LAYER}mlp.shared_expert.down_proj.weight"),
+    ),
 ]
 
 
 @pytest.mark.parametrize(("name", "layout", "choose", "saved"), CASES)
 def test_peft_loads_all_of_it_and_gives_our_logits(folders, tmp_path, name, layout, choose, saved):
-    folder, table = folders[name], table_of(folders[name])
+    folder, table = folders(name), table_of(folders(name))
     lora = make_plan(table, choose, modules_to_save=saved)
     values = random_values(lora, table)
     adapter = tmp_path / "adapter"
@@ -105,7 +144,7 @@ def test_peft_loads_all_of_it_and_gives_our_logits(folders, tmp_path, name, layo
     for weight, change in changes.items():
         torch.testing.assert_close(merged[weight] - before[weight], change, rtol=1e-5, atol=2e-6)
         before.pop(weight)
-    tied = {"lm_head.weight"} if name == "qwen3_tied" else set()
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     assert all(torch.equal(merged[weight], before[weight]) for weight in before.keys() - tied)
 
 
@@ -218,14 +257,31 @@ def test_what_peft_cannot_save_whole_is_refused():
     ],
 )
 def test_it_is_known_which_experts_peft_would_not_load_one_by_one(table, choose, loads):
-    problem = per_expert_problem(make_plan(table, choose), table)
+    problem = per_expert_problem(make_plan(table, choose), table, model_type="qwen3_moe")
     assert (problem is None) == loads
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss_moe"])
+def test_it_is_known_of_which_models_peft_loads_no_experts_one_by_one(folders, tmp_path, name):
+    """If loading fails no more, PEFT has learnt it, and `per_expert_problem` can forget it."""
+    folder, table = folders(name), table_of(folders(name))
+    model_type = tiny_config(name)["model_type"]
+    attention = make_plan(table, everywhere(ATTENTION))
+    assert per_expert_problem(attention, table, model_type=model_type) is None
+    lora = make_plan(table, all_linears)
+    problem = per_expert_problem(lora, table, model_type=model_type)
+    assert (
+        problem == f"PEFT does not load experts of a {model_type} model that are stored one by one"
+    )
+    write_adapter(tmp_path / "adapter", lora, table, random_values(lora, table))
+    with pytest.raises((AssertionError, ValueError)):
+        load_with_peft(folder, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("leaves", [("gate_proj", "up_proj"), ("up_proj",)])
 def test_peft_does_not_load_those_experts_indeed(folders, tmp_path, leaves):
     """If this fails, PEFT has learnt it, and `per_expert_problem` can go."""
-    folder = folders["qwen3_moe"]
+    folder = folders("qwen3_moe")
     lora = uniform_plan(table_of(folder), *leaves)
     adapter = tmp_path / "adapter"
     write_adapter(adapter, lora, table_of(folder), random_values(lora, table_of(folder)))
