@@ -99,7 +99,8 @@ def saving_notice(
     """What the user should know about the files that will be saved; mostly nothing."""
     if adapter is None or tuner.merge_lora or tuner.lora_export_layout == "fused":
         return None
-    problem = per_expert_problem(adapter.lora, source.table)
+    model_type = source.hf_config["model_type"]
+    problem = per_expert_problem(adapter.lora, source.table, model_type=model_type)
     return problem and f"{problem}; --lora_export_layout fused has no such limit"
 
 
