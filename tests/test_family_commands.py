@@ -16,8 +16,13 @@ from tests.machine import WORDS, Machine, logged, loss_of, make_machine
 from tests.next_tokens import make_checkpoint_with_next_tokens
 from tests.tiny import make_checkpoint
 
-# One name a family; Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE have their tests elsewhere.
+# One name a family that transformers has a class for.
 NAMES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
     "mixtral",
     "qwen2_moe",
     "qwen3_next_moe",
@@ -72,6 +77,7 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.shows("full")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_trained_family_loads_in_transformers_with_the_loss_that_was_logged(
     name, machine, tmp_path
@@ -93,6 +99,7 @@ def test_a_trained_family_loads_in_transformers_with_the_loss_that_was_logged(
     assert losses[-1] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.shows("precision")
 @pytest.mark.parametrize("name", CONVERTED)
 def test_a_family_converted_to_torch_dist_and_back_is_the_same(name, machine, tmp_path):
     """Also T46: what Megatron computes from the converted files is what transformers computes."""

@@ -192,6 +192,7 @@ CASES = [
 ]
 
 
+@pytest.mark.shows("layout")
 @pytest.mark.parametrize(
     ("model", "sizes"),
     [pytest.param(model, sizes, id=f"{model}-{name}") for model, name, sizes in CASES],
@@ -227,6 +228,7 @@ def test_latent_attention_needs_no_sequence_parallelism(one_rank, tmp_path):
     assert_same(train_on(sizes, folder, PACKED, tmp_path / "out", parallel), expected, folder)
 
 
+@pytest.mark.shows("full", "mtp", "layout")
 @pytest.mark.parametrize(
     ("model", "sizes"),
     [

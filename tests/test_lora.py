@@ -263,6 +263,7 @@ CASES = [
 ]
 
 
+@pytest.mark.shows("lora")
 @pytest.mark.parametrize(
     ("name", "choice", "sizes"), [pytest.param(*case, id="-".join(case)) for case in CASES]
 )

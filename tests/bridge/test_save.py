@@ -112,6 +112,7 @@ def assert_same_tensors(folder, other):
         assert torch.equal(ours[key].view(torch.uint8), tensor.view(torch.uint8)), key
 
 
+@pytest.mark.shows("save")
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)
 def test_load_then_save_gives_the_same_bytes(checkpoints, tmp_path, name, sizes):
     """T24: in buckets so small that tensors are cut, into several files."""

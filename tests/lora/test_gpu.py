@@ -18,7 +18,8 @@ from tests.megatron import SINGLE, load_model, packed_inputs
 from tests.tiny import make_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-BACKENDS = ["torch", *(["te"] if has_transformer_engine() else [])]
+NO_TE = pytest.mark.skipif(not has_transformer_engine(), reason="needs Transformer Engine")
+BACKENDS = ["torch", pytest.param("te", marks=NO_TE)]
 LENGTHS = [40, 7, 64, 17]
 VOCAB = 131
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -54,6 +55,7 @@ def test_fresh_adapters_leave_the_logits_bit_equal(name, backend, state, tmp_pat
         assert torch.equal(bare(**inputs), adapted(**inputs))
 
 
+@pytest.mark.shows("lora", "backend")
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_moe"])

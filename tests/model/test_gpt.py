@@ -33,6 +33,7 @@ def hugging_face_logits(folder, input_ids, lengths):
         return torch.cat([model(ids[None]).logits for ids in input_ids[0].split(lengths)], dim=1)
 
 
+@pytest.mark.shows("load", "torch")
 @pytest.mark.parametrize("name", list(TINY))
 def test_logits_loss_and_accuracy_equal_hugging_face(name, tmp_path):
     """T42, and T41's packed loss against unpacked documents."""

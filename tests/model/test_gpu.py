@@ -16,7 +16,8 @@ from tests.megatron import load_model, packed_inputs
 from tests.tiny import MOE, TINY, make_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-BACKENDS = ["torch", *(["te"] if has_transformer_engine() else [])]
+NO_TE = pytest.mark.skipif(not has_transformer_engine(), reason="needs Transformer Engine")
+BACKENDS = ["torch", pytest.param("te", marks=NO_TE)]
 LENGTHS = [40, 7, 64, 17]
 VOCAB = 131
 
@@ -34,6 +35,7 @@ def on_gpu(inputs):
     }
 
 
+@pytest.mark.shows("load", "backend")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", list(TINY))
 def test_logits_and_gradients_are_near_hugging_face(name, backend, state, tmp_path):

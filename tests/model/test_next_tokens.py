@@ -42,6 +42,7 @@ def losses_and_gradients(state, folder):
     return losses.detach(), gradients, MTPLossLoggingHelper.tracker["values"]
 
 
+@pytest.mark.shows("load", "mtp", "torch")
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_and_gradients_equal_the_reference(name, tmp_path):
     """The loss that is returned is that of the next token; gradients are those of both."""

@@ -31,6 +31,8 @@ EXPERT_LAYOUTS = {
 }
 CASES = [(name, sizes) for name in FAMILIES for sizes in LAYOUTS]
 CASES += [(name, sizes) for name in MOE for sizes in EXPERT_LAYOUTS]
+CASES += [(name, "tp2") for name in ("mistral", "deepseek_v2", "glm4", "phi3")]
+CASES += [(name, "tp2_ep2_pp2") for name in ("mixtral", "qwen2_moe", "glm4_moe")]
 
 
 def shortened(texts):
@@ -62,6 +64,7 @@ def outputs_of(state, folder, texts, dtype):
     return megatron_outputs(load_model(state, folder, dtype=dtype), texts, state=state)
 
 
+@pytest.mark.shows("precision")
 @pytest.mark.parametrize(("name", "sizes"), CASES)
 def test_every_layer_equals_hugging_face(name, sizes, judge):
     folder, texts, theirs = judge(name, torch.float32)
