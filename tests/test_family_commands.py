@@ -184,5 +184,6 @@ def test_conversion_keeps_multi_token_prediction(with_next_tokens, machine, tmp_
         assert done.code == 0, done.stderr
     before, after = tensors_in(with_next_tokens), tensors_in(tmp_path / "hf")
     assert all(torch.equal(after[key], before[key]) for key in after)
+    # torch_dist has nothing twice.
     copies = {"model.layers.4.embed_tokens.weight", "model.layers.4.shared_head.head.weight"}
     assert before.keys() - after.keys() <= copies

@@ -165,7 +165,12 @@ def _by_owner(
             form.entries(stored, stored_dtype),
             tuple((name, stored_dtype, shape) for name, shape in stored.canonical),
         )
-        owners.setdefault(_owner(home, stored, experts_apart=experts_apart), []).append(one)
+        owner = owners.setdefault(_owner(home, stored, experts_apart=experts_apart), [])
+        owner.append(one)
+        owner += [
+            _Stored(copy, ((copy.name, stored_dtype, home.shape),), one.tensors)
+            for copy in form.copies_of(home.name, home.shape)
+        ]
     return owners
 
 

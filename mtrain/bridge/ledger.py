@@ -7,7 +7,7 @@ rank comes to the same verdict without talking to the others.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mtrain.bridge.plan import Plan, Shape, hf_tensors
 from mtrain.bridge.rules import IgnoredKey, WeightTable
@@ -57,9 +57,30 @@ def carried_names(table: WeightTable, checkpoint: StoredWeights) -> list[str]:
         table: Weights of the model.
         checkpoint: What is on disk.
     """
+    return [name for name, entry in _carried(table, checkpoint) if entry.copy_of is None]
+
+
+def copied_names(table: WeightTable, checkpoint: StoredWeights) -> dict[str, str]:
+    """The tensors of a checkpoint that are copies of others, and that saves make again.
+
+    Args:
+        table: Weights of the model.
+        checkpoint: What is on disk.
+
+    Returns:
+        What each is a copy of.
+    """
+    return {name: entry.copy_of for name, entry in _carried(table, checkpoint) if entry.copy_of}
+
+
+def _carried(
+    table: WeightTable, checkpoint: StoredWeights
+) -> Iterator[tuple[str, IgnoredKey]]:
     expected = hf_tensors(table)
-    found = ((name, _find_ignored(name, table)) for name in checkpoint.tensors)
-    return [name for name, entry in found if name not in expected and entry and entry.is_carried]
+    for name in checkpoint.tensors:
+        entry = _find_ignored(name, table) if name not in expected else None
+        if entry is not None and entry.is_carried:
+            yield name, entry
 
 
 def check_model(plan: Plan, shapes: list[Mapping[str, Shape]]) -> None:

@@ -299,7 +299,8 @@ class IgnoredKey:
         pattern: Regular expression for the full name.
         reason: Why nothing is lost, for the user.
         copy_of: Tensor that must have the same values; None where the values do not matter.
-        is_carried: Whether a save takes it over from the checkpoint that was loaded.
+        is_carried: Whether a save has it where the checkpoint that was loaded has it: as it was
+            there, or as a copy again.
     """
 
     pattern: str

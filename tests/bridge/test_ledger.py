@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mtrain.bridge.ledger import carried_names, check_checkpoint, check_model
+from mtrain.bridge.ledger import carried_names, check_checkpoint, check_model, copied_names
 from mtrain.bridge.plan import hf_tensors, plan_rank, weight_table
 from mtrain.bridge.rules import IgnoredKey
 from mtrain.bridge.safetensors_folder import Checkpoint
@@ -119,6 +119,16 @@ def test_only_what_is_said_to_be_copied_is():
         "model.extra.a",
         "model.extra.b",
     }
+
+
+def test_a_copy_is_not_carried_but_made_again():
+    table, checkpoint = checkpoint_for("llama3_tied")
+    again = IgnoredKey("copy", "for others", copy_of="model.norm.weight", is_carried=True)
+    table = replace(table, ignored=(*table.ignored, again))
+    for name in ("lm_head.weight", "copy"):
+        checkpoint.tensors[name] = stored((4, 4))
+    assert copied_names(table, checkpoint) == {"copy": "model.norm.weight"}
+    assert carried_names(table, checkpoint) == []
 
 
 def plan_and_shapes():

@@ -72,7 +72,8 @@ EXPERTS = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {name: make_checkpoint(root / name, name) for name in ("qwen3_tied", "qwen3_moe_mixed")}
+    names = ("qwen3_tied", "qwen3_moe_mixed", "qwen3_next_moe", "deepseek_v3", "gpt_oss_moe")
+    return {name: make_checkpoint(root / name, name) for name in names}
 
 
 def rig_of(
@@ -221,6 +222,9 @@ CASES = [
     ("qwen3_tied", "tp2 dp2", "pp2 vpp2"),
     *(("qwen3_moe_mixed", "one", where) for where in EXPERTS),
     ("qwen3_moe_mixed", "ep2 pp2", "etp2"),
+    ("qwen3_next_moe", "dp2", "etp2"),
+    ("deepseek_v3", "ep2 pp2", "etp2"),
+    ("gpt_oss_moe", "etp2", "dp2"),
 ]
 
 

@@ -54,7 +54,12 @@ class NextTokens:
     def left_out(self, num_built: int) -> tuple[IgnoredKey, ...]:
         """What a checkpoint may hold besides the first `num_built` layers."""
         copied = tuple(
-            IgnoredKey(re.escape(prefix + name), "a copy for other programs", copy_of=original)
+            IgnoredKey(
+                re.escape(prefix + name),
+                "a copy for other programs",
+                copy_of=original,
+                is_carried=True,
+            )
             for prefix in self.prefixes[:num_built]
             for name, original in self.copies
         )

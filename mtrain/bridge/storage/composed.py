@@ -80,6 +80,9 @@ def composed(weights: StoredWeights, form: StoredAs) -> StoredWeights:
         assert len(dtypes) == 1 or form.is_quantized(one.name), f"{one.name}: {dtypes}"
         for entry, dtype, shape in form.entries(one, tensor.dtype):
             tensors[entry] = TensorShape(dtype, shape)
+        for copy in form.copies_of(name, tuple(tensor.shape)):
+            stored[copy.name] = copy
+            tensors[copy.name] = TensorShape(tensor.dtype, copy.shape)
     if form.carried is not None:
         assert not tensors.keys() & form.carried.tensors.keys(), "copied and written"
         tensors |= form.carried.tensors

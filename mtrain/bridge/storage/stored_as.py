@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mtrain.bridge.ledger import carried_names
+from mtrain.bridge.ledger import carried_names, copied_names
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.sources import StoredShape, StoredWeights
 from mtrain.bridge.storage.arrangement import Arrangement, Shape, native_arrangements
@@ -62,21 +62,31 @@ class StoredAs:
     Attributes:
         arrangements: Stored tensors that consist of canonical ones.
         quantized: What is written in 8-bit floats; None for nothing.
-        carried: What is copied; None for nothing.
+        carried: What is copied from the source; None for nothing.
+        copies: Tensors that have the values of another one, each with the name of that.
     """
 
     arrangements: tuple[Arrangement, ...] = ()
     quantized: Quantized | None = None
     carried: Carried | None = None
+    copies: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_canonical(self) -> bool:
         """Whether files hold the canonical tensors and nothing else."""
-        return not (self.arrangements or self.quantized or self.carried)
+        return not (self.arrangements or self.quantized or self.carried or self.copies)
 
     def by_canonical(self) -> dict[str, Arrangement]:
         """The stored tensor that each canonical one is in, where that is not itself."""
         return {name: one for one in self.arrangements for name, _ in one.canonical}
+
+    def copies_of(self, name: str, shape: Shape) -> tuple[Arrangement, ...]:
+        """What else is stored with the values of a canonical tensor."""
+        return tuple(
+            Arrangement(name=copy, slabs=((name,),), part_shapes=(shape,))
+            for copy, original in self.copies
+            if original == name
+        )
 
     def is_quantized(self, name: str) -> bool:
         """Whether a stored tensor is written in 8-bit floats."""
@@ -113,11 +123,11 @@ def stored_as(weights: ArrangedWeights, table: WeightTable, *, keeps_fp8: bool) 
         ValueError: Nothing in it is stored in 8-bit floats.
     """
     plain, checkpoint = weights.decoded, weights.checkpoint
-    names = carried_names(table, weights)
+    names, copies = carried_names(table, weights), tuple(copied_names(table, weights).items())
     if not keeps_fp8:
         tensors = {name: plain.tensors[name] for name in names}
         carried = Carried(tensors=tensors, source=plain) if tensors else None
-        return StoredAs(arrangements=weights.arrangements, carried=carried)
+        return StoredAs(arrangements=weights.arrangements, carried=carried, copies=copies)
     quantized = [name for name, code in plain.codes.items() if code == "fp8"]
     if not quantized:
         raise ValueError(
@@ -140,6 +150,7 @@ def stored_as(weights: ArrangedWeights, table: WeightTable, *, keeps_fp8: bool) 
             source=checkpoint,
         ),
         carried=Carried(tensors=tensors, source=checkpoint) if tensors else None,
+        copies=copies,
     )
 
 

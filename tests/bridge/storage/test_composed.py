@@ -97,6 +97,19 @@ class _Held:
         return self._values[name]
 
 
+def test_a_copy_has_the_values_that_are_written_and_not_those_that_were_read(tmp_path):
+    source = qwen3_moe(tmp_path / "source", is_original=True)
+    weights = arranged(open_checkpoint(source), qwen3_moe_table())
+    with weights.open() as values:
+        changed = {n: values.slices(n)[:] * 2 for n in hf_tensors(qwen3_moe_table())}
+    form = replace(CANONICAL, copies=(("again", "lm_head.weight"),))
+    result = composed(_Held(weights, changed), form)
+    assert not form.is_canonical
+    assert list(result.tensors)[-2:] == ["lm_head.weight", "again"]
+    with result.open() as files:
+        assert torch.equal(files.slices("again")[1:3], changed["lm_head.weight"][1:3])
+
+
 def test_a_canonical_form_changes_nothing(tmp_path):
     weights = open_checkpoint(qwen3_moe(tmp_path, is_original=True))
     assert composed(weights, CANONICAL) is weights

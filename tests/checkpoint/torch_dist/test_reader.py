@@ -84,10 +84,10 @@ def test_what_is_missing_or_too_much_is_named(saved, tmp_path) -> None:
     source, root = saved
     folder = root / "iter_0000007"
     config = read_config(source)
-    fewer = weight_table({**config, "num_hidden_layers": 2})
+    fewer = weight_table({**config, "num_hidden_layers": 2, "layer_types": None})
     with pytest.raises(ValueError, match=r"wrong shape: |not part of the model: "):
         open_torch_dist(folder, fewer)
-    more = weight_table({**config, "num_hidden_layers": 6, "mlp_only_layers": []})
+    more = weight_table({**config, "num_hidden_layers": 6, "mlp_only_layers": [], "layer_types": None})
     with pytest.raises(ValueError, match=r"wrong shape: |missing: "):
         open_torch_dist(folder, more)
 
