@@ -27,3 +27,19 @@ def test_every_rank_applies_all_of_it_and_marks_gradients_that_differ():
     layout = ParallelLayout(world_size=2, tp_size=2)
     assert run_ranks(layout, project, False) == [(True, False)] * 2
     assert run_ranks(layout, project, True) == [(True, True)] * 2
+
+
+def outputs_of_a_trained_and_a_frozen_weight(state):
+    config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=2)
+    linear = ReplicatedLinear(64, 24, config=config)
+    torch.manual_seed(0)
+    linear.weight.data.normal_()
+    # As norms give it: [seq, batch, hidden] of a contiguous [batch, seq, hidden].
+    tokens = torch.randn(1, 32, 64).transpose(0, 1)
+    with torch.no_grad():
+        trained = linear(tokens)[0]
+        return torch.equal(trained, linear.requires_grad_(False)(tokens)[0])
+
+
+def test_a_frozen_weight_gives_the_same_bits():
+    assert run_ranks(ParallelLayout(), outputs_of_a_trained_and_a_frozen_weight) == [True]
