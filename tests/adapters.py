@@ -29,9 +29,9 @@ def random_factors(table, lora, *, seed=7):
     return Values({n: torch.randn(s, generator=generator) * 0.1 for n, s in shapes.items()})
 
 
-def plan_of(folder, **tuner):
+def plan_of(folder, *, num_next_tokens=0, **tuner):
     """The weight table of a checkpoint and the plan of an adapter for it."""
-    table = weight_table(read_config(folder))
+    table = weight_table(read_config(folder), num_next_tokens)
     defaults = {"target_modules": ("all-linear",), "lora_rank": 4, "lora_alpha": 6.0}
     return table, choose_targets(table, TunerConfig(**defaults | tuner))
 
@@ -41,7 +41,8 @@ def attached(state, folder, lora, values=None, *, adapter_dtype=None, dropout=0.
     chunks = load_model(state, folder, **options)
     dtype = adapter_dtype or options.get("dtype", torch.float32)
     backend = options.get("backend", "torch")
-    common = {"table": weight_table(read_config(folder)), "state": state, "backend": backend}
+    table = weight_table(read_config(folder), options.get("num_next_tokens", 0))
+    common = {"table": table, "state": state, "backend": backend}
     attach_adapters(chunks, lora, dtype=dtype, dropout=dropout, **common)
     if values is None:
         initialize_adapters(chunks, lora, seed=0, **common)

@@ -12,7 +12,7 @@ from mtrain.lora.plan import adapter_table
 from tests.lora.peft_folders import random_values, table_of, uniform_plan, write_adapter
 from tests.tiny import DISTINCT, make_checkpoint
 
-LEAVES = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LEAVES = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_attn", "c_proj")
 
 
 @pytest.fixture(scope="module", params=DISTINCT)

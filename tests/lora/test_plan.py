@@ -164,11 +164,43 @@ def assert_product_of_slices(base, owner, lora_a, lora_b, *, is_embedding):
         ("qwen3_moe_mixed", ALL),
         ("qwen3_moe_mixed", SOME),
         ("qwen3_moe_mixed", ("k_proj", "gate_proj", "down_proj")),
+        ("phi3", DENSE_ALL),
+        ("glm4", DENSE_ALL),
+        ("gpt2", ("all-linear",)),
+        ("deepseek_v3", ALL),
+        ("qwen2_moe", ("all-linear", "all-router")),
+        ("mixtral", ALL),
     ],
     ids=str,
 )
 def test_the_product_of_a_ranks_slices_is_its_slice_of_the_product(name, target_modules, sizes):
     table, lora = plan_of(name, target_modules=target_modules)
+    check_products(table, lora, sizes)
+
+
+@pytest.mark.parametrize("sizes", ["one", "tp2_pp2_vpp2", "ep2_etp2"])
+@pytest.mark.parametrize(
+    "target_modules", [ALL, ("in_proj_ba", "q_proj", "v_proj"), ("in_proj_qkvz", "k_proj")], ids=str
+)
+def test_so_it_is_where_rows_of_one_projection_lie_apart(target_modules, sizes):
+    """Two key heads, so that four ranks cannot share them."""
+    table, lora = plan_of("qwen3_next_moe", target_modules=target_modules)
+    check_products(table, lora, LAYOUTS[sizes])
+
+
+@pytest.mark.parametrize("sizes", ["one", "tp2_pp2_vpp2", "tp2_ep2"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "mimo"])
+def test_so_it_is_in_layers_of_multi_token_prediction(name, sizes):
+    """In MiMo the columns of the linear that joins embedding and hidden state are swapped."""
+    config = tiny_config("qwen2" if name == "mimo" else name) | {"num_nextn_predict_layers": 1}
+    table = weight_table(config | ({"model_type": "mimo"} if name == "mimo" else {}), 1)
+    # Not the embedding, of which there is a copy.
+    lora = choose_targets(table, TunerConfig(target_modules=("all-linear", "lm_head"), lora_rank=3))
+    assert any(linear.rule.place == "mtp" for linear in lora.linears)
+    check_products(table, uneven(lora), LAYOUTS[sizes])
+
+
+def check_products(table, lora, sizes):
     layout = ParallelLayout(**sizes)
     factors = random_tensors(adapter_table(table, lora))
     deltas = products(table, lora, factors)
@@ -180,7 +212,7 @@ def test_the_product_of_a_ranks_slices_is_its_slice_of_the_product(name, target_
         base = filled(table, deltas, **where)
         owner = filled(table, owners(table, adapted), **where)
         for (chunk, parameter), lora_a in local.items():
-            if not parameter.endswith(".adapter.lora_a"):
+            if not parameter.endswith("adapter.lora_a"):
                 continue
             weight = parameter.removesuffix("adapter.lora_a") + "weight"
             lora_b = local[chunk, parameter.removesuffix("a") + "b"]
@@ -189,7 +221,7 @@ def test_the_product_of_a_ranks_slices_is_its_slice_of_the_product(name, target_
             for expert in zip(*arrays, strict=True) if lora_a.ndim == 3 else (arrays,):
                 assert_product_of_slices(*expert, is_embedding=is_embedding)
             base[chunk, weight] = None
-        duplicates = {"output_layer.weight"} if "tied" in name else set()
+        duplicates = {rule.megatron for rule in table.rules if rule.is_duplicate}
         rest = [a for (_, n), a in base.items() if a is not None and n not in duplicates]
         assert not any(array.any() for array in rest), "an adapted weight has no factors"
 
@@ -227,24 +259,6 @@ def test_factors_of_a_fused_linear_are_padded_to_the_largest_rank():
     assert len(shapes) == 4 * 4
 
 
-def test_every_module_is_of_a_kind():
-    _, lora = plan_of("qwen3_moe_mixed", target_modules=ALL)
-    kinds = {
-        linear.rule.megatron.split(".layers.{layer}.")[-1]: linear.kind for linear in lora.linears
-    }
-    assert kinds == {
-        "embedding.word_embeddings.weight": "embedding",
-        "self_attention.linear_qkv.weight": "column",
-        "self_attention.linear_proj.weight": "row",
-        "mlp.linear_fc1.weight": "column",
-        "mlp.linear_fc2.weight": "row",
-        "mlp.router.weight": "router",
-        "mlp.experts.linear_fc1.weight": "experts",
-        "mlp.experts.linear_fc2.weight": "experts",
-        "output_layer.weight": "column",
-    }
-
-
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_the_scale_is_that_of_peft(use_rslora):
     config = peft.LoraConfig(r=6, lora_alpha=10, use_rslora=use_rslora, target_modules=["0"])
@@ -262,6 +276,13 @@ def peft_shapes(name, **options):
     )
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize("name", ["glm4", "gemma3", "phi3", "gpt2"])
+def test_names_and_shapes_of_all_linears_are_those_of_peft(name):
+    table, lora = plan_of(name, target_modules=("all-linear",), is_uneven=False)
+    expected = peft_shapes(name, r=3, target_modules="all-linear")
+    assert hf_tensors(adapter_table(table, lora)) == expected
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])

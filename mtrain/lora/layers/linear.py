@@ -127,8 +127,10 @@ def adapt_gate(base: type) -> type:
                 self.gate_score = self._score(input)
 
         def _score(self, hidden_states: torch.Tensor) -> torch.Tensor:
-            logits = F.linear(hidden_states, self.gate_weight)
-            return _adapted(logits, hidden_states, self.gate_adapter).sigmoid()
+            # As rows, which torch multiplies alike whether the weight is frozen or not.
+            rows = hidden_states.flatten(0, -2)
+            logits = _adapted(F.linear(rows, self.gate_weight), rows, self.gate_adapter)
+            return logits.sigmoid().view(*hidden_states.shape[:-1], 1)
 
     return AdaptedGate
 

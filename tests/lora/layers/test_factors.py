@@ -41,6 +41,7 @@ def make_factors(**changes):
         "dropout": 0.0,
         "group": OneRank(),
         "is_sequence_parallel": False,
+        "is_local": False,
     }
     factors = LoraFactors(linear, **arguments | changes)
     torch.manual_seed(0)

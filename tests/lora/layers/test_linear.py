@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 
 from tests.adapters import attached, plan_of, random_factors
 from tests.megatron import SINGLE, packed_inputs
 from tests.ranks import run_ranks
+from tests.test_invariance import layout
 from tests.tiny import make_checkpoint
 
 
@@ -48,3 +53,74 @@ def test_float32_adapters_train_on_a_bfloat16_model(name, tmp_path):
     )
     assert dtype == gradient_dtype == torch.float32
     assert half == pytest.approx(loss, rel=1e-2)
+
+
+def shared_experts_both_ways(state, folder, lora, values):
+    """Outputs and gradients of shared experts, with communication in the linears and outside."""
+    (model,) = attached(state, folder, lora, values)
+    experts, group = model.decoder.layers[0].mlp.shared_experts, state.groups.tp
+    generator = torch.Generator().manual_seed(0)
+    tokens, factors = torch.randn(2, 8, 1, 64, generator=generator).unbind()
+    mine = slice(4 * state.coordinates.tp_rank, 4 * state.coordinates.tp_rank + 4)
+    results = []
+    for is_local in (False, True):
+        model.zero_grad()
+        experts.linear_fc1.adapter.is_local = experts.linear_fc2.adapter.is_local = is_local
+        if is_local:
+            # As Megatron-Core does it where they overlap with the token exchange.
+            experts.linear_fc1.explicit_expert_comm = True
+            experts.linear_fc2.explicit_expert_comm = True
+            all_tokens = gather_from_sequence_parallel_region(tokens[mine], group=group)
+            hidden, _ = experts.linear_fc1(all_tokens)
+            gate, up = hidden.chunk(2, dim=-1)
+            summands, _ = experts.linear_fc2(torch.nn.functional.silu(gate) * up)
+            output = reduce_scatter_to_sequence_parallel_region(summands, group=group)
+            output = output * experts._score(tokens[mine])
+        else:
+            output = experts(tokens[mine])
+        (output * factors[mine]).sum().backward()
+        gradients = {}
+        for name, parameter in experts.named_parameters():
+            if parameter.requires_grad:
+                gradients[name] = parameter.grad.clone()
+                if hasattr(parameter, "sequence_parallel"):
+                    # What Megatron-Core does before the optimizer.
+                    torch.distributed.all_reduce(gradients[name], group=group)
+        results.append((output.detach(), gradients))
+    return results
+
+
+def test_shared_experts_that_overlap_with_the_token_exchange_compute_the_same(tmp_path):
+    """Their linears get all tokens and leave sums to others; only GPUs have the streams for it."""
+    folder = make_checkpoint(tmp_path, "qwen2_moe")
+    table, lora = plan_of(folder)
+    values = random_factors(table, lora)
+    sizes = layout(tp_size=2)
+    for results in run_ranks(sizes, shared_experts_both_ways, folder, lora, values):
+        (expected, gradients), (output, others) = results
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+        assert len(gradients) == 6
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def dropped_shares(state, folder, lora, values):
+    """Losses of the same tokens twice, with dropout."""
+    (model,) = attached(state, folder, lora, values, dropout=0.5)
+    losses = []
+    for _ in range(2):
+        loss, _ = model(**packed_inputs([16, 16], 131))
+        losses.append(loss.sum().item())
+    return losses
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe"])
+def test_dropout_reaches_linears_that_every_rank_holds_whole(name, tmp_path):
+    folder = make_checkpoint(tmp_path, name)
+    targets = {"deepseek_v3": "kv_a_proj_with_mqa", "qwen2_moe": "shared_expert_gate"}
+    table, lora = plan_of(folder, target_modules=(targets[name],), lora_alpha=64.0)
+    values = random_factors(table, lora)
+    arguments = (folder, lora, values)
+    first, second = run_ranks(layout(tp_size=2), dropped_shares, *arguments)
+    assert first == second, "ranks computed different losses"
+    assert first[0] != first[1], "nothing was dropped"
