@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mtrain.bridge.families import find_family
-from tests.tiny import make_checkpoint, tiny_config
+from tests.tiny import make_checkpoint
 
 # What the deeper model is, where it is another one, and what begins the names of the layer.
 _DEEPER: dict[str, dict[str, Any]] = {
@@ -104,10 +104,10 @@ def make_checkpoint_with_next_tokens(
         for rule in described.rules
         if rule.place == "mtp" and rule.hf[0].name.endswith("self_attn.o_proj.weight")
     }
-    hidden_size = tiny_config("qwen3")["hidden_size"]
+    hidden_size = config["hidden_size"]
     generator = torch.Generator().manual_seed(5)
     own = {
-        kind: torch.randn(hidden_size, 2 * hidden_size, generator=generator) * 0.1
+        kind: torch.randn(hidden_size, 2 * hidden_size, generator=generator) * hidden_size**-0.5
         if kind == "eh_proj"
         else 1 + torch.randn(hidden_size, generator=generator) * 0.2
         for kind in names
@@ -116,7 +116,8 @@ def make_checkpoint_with_next_tokens(
         key.replace("model.layers.4.", layer_prefix): tensor
         for key, tensor in load_file(deeper / "model.safetensors").items()
     }
-    tensors |= {names[kind]: tensor for kind, tensor in own.items()}
+    dtype = tensors["model.norm.weight"].dtype
+    tensors |= {names[kind]: tensor.to(dtype) for kind, tensor in own.items()}
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
