@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtrain.bridge.families import FAMILIES, find_family
 from mtrain.bridge.plan import hf_tensors, weight_table
@@ -33,6 +33,17 @@ def test_the_table_has_the_tensors_that_transformers_writes(name, tmp_path):
     """T23: names and shapes, as they are on disk or as a storage form shows them."""
     table = weight_table(tiny_config(name))
     stored = arranged(open_checkpoint(make_checkpoint(tmp_path, name)), table)
+    shapes = {key: tensor.shape for key, tensor in stored.tensors.items()}
+    assert shapes == hf_tensors(table)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_files_that_look_like_the_model_in_memory_are_read_too(name, tmp_path):
+    """Stacked experts, and modules by the names that they have in the class."""
+    model = AutoModelForCausalLM.from_pretrained(make_checkpoint(tmp_path / "original", name))
+    model.save_pretrained(tmp_path / "in_memory", save_original_format=False)
+    table = weight_table(tiny_config(name))
+    stored = arranged(open_checkpoint(tmp_path / "in_memory"), table)
     shapes = {key: tensor.shape for key, tensor in stored.tensors.items()}
     assert shapes == hf_tensors(table)
 
