@@ -32,6 +32,7 @@ from tests.adapters import (
     random_factors,
 )
 from tests.megatron import read_config
+from tests.next_tokens import make_checkpoint_with_next_tokens
 from tests.ranks import run_ranks
 from tests.test_invariance import PACKED, batches_of_rank, layout, loss_of
 from tests.tiny import make_checkpoint
@@ -47,12 +48,22 @@ OPTIMIZER = OptimizerConfig(
 WHOLE_GRADIENTS = ParallelConfig(use_distributed_optimizer=False)
 
 
-def train(state, folder, lora, values, output, training=None, parallel=WHOLE_GRADIENTS):
+def train(
+    state,
+    folder,
+    lora,
+    values,
+    output,
+    training=None,
+    parallel=WHOLE_GRADIENTS,
+    num_next_tokens=0,
+):
     """Losses, gradient norms, gradients of the first step, and factors after all steps."""
-    table = weight_table(read_config(folder))
+    table = weight_table(read_config(folder), num_next_tokens)
     factors = adapter_table(table, lora)
+    options = {"training": training, "num_next_tokens": num_next_tokens}
     no_balance = MoEConfig(moe_aux_loss_coeff=(0.0,))
-    bare = attached(state, folder, lora, values, moe=no_balance, training=training)
+    bare = attached(state, folder, lora, values, moe=no_balance, **options)
     keep_graph_connected(bare)
     before = {name: t.clone() for name, t in bare[0].named_parameters() if not t.requires_grad}
     chunks = wrap_chunks(bare, parallel=parallel, grad_reduce_in_fp32=True)
@@ -126,6 +137,11 @@ def uneven(lora):
     )
 
 
+# Those that come first in a linear of ours.
+FIRST_PROJECTIONS = (
+    *("q_proj", "gate_proj", "o_proj", "down_proj"),
+    *("in_proj_qkvz", "out_proj", "shared_expert_gate"),
+)
 # What is adapted: flags of ours, and the same in PEFT's words.
 ADAPTERS = {
     "all": ({}, {}),
@@ -137,8 +153,8 @@ ADAPTERS = {
     "uneven": (
         {},
         {
-            "rank_pattern": dict.fromkeys(["q_proj", "gate_proj", "o_proj", "down_proj"], 3),
-            "alpha_pattern": dict.fromkeys(["q_proj", "gate_proj", "o_proj", "down_proj"], 2.0),
+            "rank_pattern": dict.fromkeys(FIRST_PROJECTIONS, 3),
+            "alpha_pattern": dict.fromkeys(FIRST_PROJECTIONS, 2.0),
         },
     ),
     "embedding_and_head": (
@@ -147,7 +163,10 @@ ADAPTERS = {
     ),
     "router": (
         {"target_modules": ("all-router", "o_proj")},
-        {"target_modules": ["o_proj"], "target_parameters": ["mlp.gate.weight"]},
+        {
+            "target_modules": ["o_proj"],
+            "target_parameters": ["mlp.gate.weight", "mlp.router.weight"],
+        },
     ),
     # A pipeline stage with nothing to train, and a model with experts only.
     "first_layer": (
@@ -157,6 +176,10 @@ ADAPTERS = {
     "experts": (
         {"target_modules": ("experts.linear_fc1",)},
         {"target_modules": r".*\.experts\.\d+\.(gate|up)_proj"},
+    ),
+    "saved_gates": (
+        {"target_modules": ("o_proj",), "modules_to_save": ("shared_expert_gate", "mlp.gate")},
+        {"target_modules": ["o_proj"], "modules_to_save": ["shared_expert_gate", "mlp.gate"]},
     ),
     "saved_modules": (
         {"modules_to_save": ("lm_head", "input_layernorm")},
@@ -228,6 +251,8 @@ FAMILIES = (
     "glm4_moe",
     "gemma3",
     "phi3",
+    "gpt_oss_moe",
+    "gpt2",
     "qwen3_next_moe",
 )
 CASES = [
@@ -253,13 +278,20 @@ CASES = [
     *((name, "all", "one") for name in FAMILIES),
     *(("deepseek_v3", "all", sizes) for sizes in ("tp2_ep2", "tp2_pp2")),
     ("deepseek_v3_groups", "all", "etp2"),
+    ("deepseek_v3_groups", "router", "one"),
     *(("qwen2_moe", "all", sizes) for sizes in ("tp2", "pp2_ep2")),
+    ("qwen2_moe", "saved_gates", "tp2"),
     ("mixtral", "all", "ep2"),
+    ("mixtral", "router", "one"),
     ("glm4", "all", "tp2"),
     ("glm4_moe", "all", "tp2_ep2"),
     ("gemma3", "all", "tp2_pp2"),
     ("phi3", "all", "tp2"),
     *(("qwen3_next_moe", "all", sizes) for sizes in ("tp2", "pp2_ep2")),
+    ("qwen3_next_moe", "uneven", "tp2"),
+    *(("gpt_oss_moe", "all", sizes) for sizes in ("tp2_etp2_ep2", "pp2_ep2")),
+    ("gpt_oss_moe", "router", "tp2_ep2"),
+    ("gpt2", "all", "tp2_pp2"),
 ]
 
 
@@ -287,6 +319,14 @@ def test_training_is_that_of_peft(name, choice, sizes, judged, tmp_path):
                 recompute_granularity="selective", recompute_modules=("core_attn", "moe")
             ),
         ),
+        (
+            "qwen2_moe",
+            "tp2",
+            TrainingConfig(
+                recompute_granularity="selective", recompute_modules=("shared_experts",)
+            ),
+        ),
+        ("deepseek_v3", "tp2_ep2", TrainingConfig(recompute_granularity="full")),
     ],
 )
 def test_recomputing_changes_nothing(name, sizes, recompute, judged, tmp_path):
@@ -296,11 +336,30 @@ def test_recomputing_changes_nothing(name, sizes, recompute, judged, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "sizes"), [("deepseek_v3", "tp2_ep2"), ("deepseek_v3", "pp2"), ("mimo", "tp2_pp2")]
+)
+def test_layers_of_multi_token_prediction_train_alike_in_every_layout(name, sizes, tmp_path):
+    """On one rank against `tests.lora.test_next_tokens`; PEFT does not know these layers."""
+    folder, _ = make_checkpoint_with_next_tokens(tmp_path / "model", name)
+    table, lora = plan_of(folder, num_next_tokens=1)
+    values = random_factors(table, lora)
+    expected, ours = (
+        run_ranks(
+            *(one, train, folder, lora, values, tmp_path / str(one.world_size)),
+            *(None, WHOLE_GRADIENTS, 1),
+        )
+        for one in (ParallelLayout(), LAYOUTS[sizes])
+    )
+    assert_same(ours[0], expected[0])
+
+
+@pytest.mark.parametrize(
     ("name", "choice", "sizes"),
     [
         ("qwen3_moe_mixed", "all", "tp2_ep2"),
         ("qwen3", "first_layer", "pp2"),
         ("qwen2", "all", "dp2"),
+        ("qwen2_moe", "saved_gates", "tp2"),
     ],
 )
 def test_the_distributed_optimizer_changes_nothing(name, choice, sizes, judged, tmp_path):
