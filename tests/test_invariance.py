@@ -50,6 +50,7 @@ DENSE_LAYOUTS = {
     "pp2_vpp2": layout(pp_size=2, vpp_size=2),
     "pp2_uneven": layout(pp_size=2, num_layers_in_first_stage=1),
     "tp2_pp2": layout(tp_size=2, pp_size=2),
+    "tp2_pp2_vpp2": layout(tp_size=2, pp_size=2, vpp_size=2),
 }
 MOE_LAYOUTS = {
     "dp2": layout(world_size=2),
@@ -62,6 +63,7 @@ MOE_LAYOUTS = {
     "pp2_ep2": layout(pp_size=2, ep_size=2),
     "pp2_vpp2": layout(pp_size=2, vpp_size=2),
     "tp2_pp2_ep2": layout(tp_size=2, pp_size=2, ep_size=2),
+    "tp2_pp2_vpp2_etp2": layout(tp_size=2, pp_size=2, vpp_size=2, etp_size=2),
 }
 
 
@@ -173,11 +175,15 @@ def assert_same(ours, expected, folder):
 
 CASES = [
     *(("qwen3_tied", name, sizes) for name, sizes in DENSE_LAYOUTS.items()),
-    *(("qwen2", name, DENSE_LAYOUTS[name]) for name in ("tp2", "tp2_pp2")),
+    *(("qwen2", name, DENSE_LAYOUTS[name]) for name in ("tp2", "tp2_pp2_vpp2")),
     *(("llama", name, DENSE_LAYOUTS[name]) for name in ("tp2_dp2", "pp2_vpp2")),
     *(("qwen3_moe", name, sizes) for name, sizes in MOE_LAYOUTS.items()),
     *(("qwen3_moe_mixed", name, MOE_LAYOUTS[name]) for name in ("pp2_vpp2", "tp2_pp2_ep2")),
-    *((model, "tp2_pp2", DENSE_LAYOUTS["tp2_pp2"]) for model in ("glm4", "gemma3", "phi3", "gpt2")),
+    ("gpt2", "tp2_pp2", DENSE_LAYOUTS["tp2_pp2"]),
+    *(
+        (model, "tp2_pp2_vpp2", DENSE_LAYOUTS["tp2_pp2_vpp2"])
+        for model in ("mistral", "glm4", "gemma3", "phi3")
+    ),
     ("glm4", "tp4_more_ranks_than_groups", DENSE_LAYOUTS["tp4_more_ranks_than_groups"]),
     ("gpt2", "pp2_vpp2", DENSE_LAYOUTS["pp2_vpp2"]),
     *(
@@ -186,9 +192,11 @@ CASES = [
         for name in ("tp2", "tp2_etp2_ep2", "pp2_vpp2")
     ),
     *(
-        (model, "tp2_pp2_ep2", MOE_LAYOUTS["tp2_pp2_ep2"])
-        for model in ("mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3_groups", "glm4_moe")
+        (model, name, MOE_LAYOUTS[name])
+        for model in ("mixtral", "qwen2_moe", "deepseek_v2", "glm4_moe")
+        for name in ("tp2_pp2_ep2", "tp2_pp2_vpp2_etp2")
     ),
+    ("deepseek_v3_groups", "tp2_pp2_ep2", MOE_LAYOUTS["tp2_pp2_ep2"]),
 ]
 
 
@@ -234,7 +242,7 @@ def test_latent_attention_needs_no_sequence_parallelism(one_rank, tmp_path):
     [
         ("deepseek_v3", MOE_LAYOUTS["tp2_pp2_ep2"]),
         ("qwen3_next_moe", MOE_LAYOUTS["pp2_vpp2"]),
-        ("mimo", DENSE_LAYOUTS["tp2_pp2"]),
+        ("mimo", DENSE_LAYOUTS["tp2_pp2_vpp2"]),
     ],
     ids=["deepseek_v3", "qwen3_next_moe", "mimo"],
 )

@@ -18,6 +18,7 @@ from mtrain.bridge.slices import tensors_by_name
 from mtrain.bridge.written import record_file
 from mtrain.parallel import ParallelLayout
 from tests.megatron import form_of, load_model, read_config
+from tests.next_tokens import make_checkpoint_with_next_tokens
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
 
@@ -51,6 +52,7 @@ CASES = [
     *((name, MOE_LAYOUTS[2]) for name in ("mixtral", "qwen2_moe", "glm4_moe", "gpt_oss_moe")),
     *((name, MOE_LAYOUTS[5]) for name in ("deepseek_v3_groups", "qwen3_next_moe", "gpt_oss_moe")),
     ("qwen3_next_moe", MOE_LAYOUTS[1]),
+    ("mimo", DENSE_LAYOUTS[6]),
 ]
 
 
@@ -61,6 +63,8 @@ def checkpoints(tmp_path_factory):
 
     def get(name):
         path = folder / name
+        if not path.exists() and name == "mimo":
+            make_checkpoint_with_next_tokens(path, name)
         return path if path.exists() else make_checkpoint(path, name)
 
     return get
