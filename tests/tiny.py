@@ -230,7 +230,9 @@ def make_checkpoint(
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name_of, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if tensor.dim() == 1 and "inv_freq" not in name_of and tensor.is_floating_point():
+            # Biases of experts are one tensor, [experts, width].
+            is_vector = tensor.dim() == 1 or name_of.endswith("bias")
+            if is_vector and "inv_freq" not in name_of and tensor.is_floating_point():
                 tensor.add_(torch.randn_like(tensor) * 0.2)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
