@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mtrain.bridge.rules import HFTensor, WeightTable, filled, layers_of
+from mtrain.bridge.rules import HFTensor, Rule, WeightTable, filled, layers_of
 from mtrain.lora.adapter_settings import scale_ratio
 from mtrain.lora.fused_experts import (
     ExpertLayout,
@@ -58,6 +58,7 @@ class _Target:
         is_parameter: Whether it belongs to `target_parameters`.
         num_experts: Numbers that the open one stands for.
         has_default: Whether it takes `r` and `lora_alpha` where no pattern names it.
+        is_in_class: Whether the class of transformers has it. Else only mtrain looks it up.
     """
 
     name: str
@@ -66,6 +67,7 @@ class _Target:
     is_parameter: bool = False
     num_experts: int = 0
     has_default: bool = True
+    is_in_class: bool = True
 
 
 def adapter_config(
@@ -97,7 +99,9 @@ def adapter_config(
     rank = _most_common(adapter.rank for adapter in adapters)
     alpha = _most_common(adapter.alpha for adapter in adapters)
     targets = list(_targets(lora, table, layout))
-    looked_up = [*targets, *_converted(lora, table, layout, rank=rank, alpha=alpha)]
+    target_parameters = _target_parameters(targets, table)
+    looked_up = [_as_looked_up(target, target_parameters) for target in targets]
+    looked_up += _converted(lora, table, layout, rank=rank, alpha=alpha)
     has_parameters = any(t.is_parameter or t.num_experts for t in targets)
     return {
         "task_type": "CAUSAL_LM",
@@ -126,7 +130,7 @@ def adapter_config(
         "use_dora": False,
         "layer_replication": None,
         "lora_bias": False,
-        "target_parameters": _target_parameters(targets, table) or None,
+        "target_parameters": target_parameters or None,
     }
 
 
@@ -162,6 +166,23 @@ def per_expert_problem(lora: LoraPlan, table: WeightTable, *, model_type: str) -
     )
 
 
+def next_tokens_problem(lora: LoraPlan) -> str | None:
+    """What PEFT leaves out because transformers has no layers of multi-token prediction.
+
+    Args:
+        lora: The adapters.
+
+    Returns:
+        The reason, or None if it loads all.
+    """
+    if all(_is_in_class(linear.rule) for linear in lora.linears):
+        return None
+    return (
+        "PEFT leaves out the adapters of multi-token prediction, which no class of transformers "
+        "has; mtrain reads them"
+    )
+
+
 def _targets(lora: LoraPlan, table: WeightTable, layout: ExpertLayout) -> Iterator[_Target]:
     """What the config selects, in the order of the plan."""
     fused = fused_factors(lora, table)
@@ -177,8 +198,9 @@ def _targets(lora: LoraPlan, table: WeightTable, layout: ExpertLayout) -> Iterat
         for layer, tensor, adapter in _adapted(linear) if not is_fused else ():
             module = filled(module_name(tensor), layer=layer, expert=ANY_NUMBER)
             # transformers 5 has no linear for the router.
-            is_parameter = linear.kind == "router" or (
-                linear.kind != "experts" and module.rpartition(".")[2] in like_experts
+            is_parameter = _is_in_class(linear.rule) and (
+                linear.kind == "router"
+                or (linear.kind != "experts" and module.rpartition(".")[2] in like_experts)
             )
             yield _Target(
                 name=f"{module}.weight" if is_parameter else module,
@@ -186,9 +208,19 @@ def _targets(lora: LoraPlan, table: WeightTable, layout: ExpertLayout) -> Iterat
                 alpha=adapter.alpha,
                 is_parameter=is_parameter,
                 num_experts=linear.rule.num_experts or 0,
+                is_in_class=_is_in_class(linear.rule),
             )
     if layout == "fused":
         yield from (_fused_target(factors, lora) for factors in fused)
+
+
+def _as_looked_up(target: _Target, target_parameters: list[str]) -> _Target:
+    """What is in no class is looked up as a parameter where its name ends like a target's."""
+    parameter = f"{target.name}.weight"
+    is_parameter = any(f".{parameter}".endswith(f".{key}") for key in target_parameters)
+    if target.is_in_class or not is_parameter:
+        return target
+    return replace(target, name=parameter, is_parameter=True)
 
 
 def _converted(
@@ -259,7 +291,7 @@ def _adapted(linear: AdaptedLinear) -> Iterator[tuple[int | None, HFTensor, Adap
 
 
 def _target_modules(targets: list[_Target], table: WeightTable) -> list[str]:
-    chosen = {t.name: t.num_experts for t in targets if not t.is_parameter}
+    chosen = {t.name: t.num_experts for t in targets if t.is_in_class and not t.is_parameter}
     others = set(_all_modules(table)) - chosen.keys()
     names = []
     for name, full_name in _shortest(chosen, others).items():
@@ -269,7 +301,7 @@ def _target_modules(targets: list[_Target], table: WeightTable) -> list[str]:
 
 
 def _target_parameters(targets: list[_Target], table: WeightTable) -> list[str]:
-    chosen = [t.name for t in targets if t.is_parameter]
+    chosen = [t.name for t in targets if t.is_in_class and t.is_parameter]
     universe = {f"{module}.weight" for module in _all_modules(table)}
     for parameter in fused_parameters(table):
         universe |= {parameter.lookup_name(layer) for layer in parameter.rule.layers}
@@ -342,13 +374,18 @@ def _shortest(
 
 
 def _all_modules(table: WeightTable) -> Iterator[str]:
-    """All modules of a model that have weights; the number of an expert is open."""
+    """All modules of the class that have weights; the number of an expert is open."""
     for rule in table.rules:
         # A tied output layer is a module of its own, though its weight has another name.
-        if not rule.is_duplicate:
+        if not rule.is_duplicate and _is_in_class(rule):
             for layer in layers_of(rule):
                 for tensor in rule.hf:
                     yield filled(module_of(tensor.name), layer=layer, expert=ANY_NUMBER)
+
+
+def _is_in_class(rule: Rule) -> bool:
+    """No class of transformers has the layers of multi-token prediction."""
+    return rule.place != "mtp"
 
 
 def _most_common(values: Iterable[Any]) -> Any:

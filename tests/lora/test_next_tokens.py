@@ -4,17 +4,30 @@ The judge is the reference of `tests.next_tokens` with the adapters merged: its 
 gives those of both factors.
 """
 
+import peft
 import pytest
 import torch
 
-from mtrain.bridge.plan import hf_tensors
+from mtrain.bridge.plan import hf_tensors, weight_table
 from mtrain.bridge.save import lookup_in
-from mtrain.lora.plan import adapter_table
+from mtrain.lora.peft_config import next_tokens_problem
+from mtrain.lora.peft_format import read_adapter
+from mtrain.lora.plan import Adapter, adapter_table
 from tests.adapters import attached, gathered, plan_of, random_factors
-from tests.lora.peft_folders import changes_of, views_of
-from tests.megatron import SINGLE, packed_inputs
+from tests.lora.peft_folders import (
+    changes_of,
+    hf_model,
+    logits_of,
+    make_plan,
+    merged_by_hand,
+    random_values,
+    views_of,
+    write_adapter,
+)
+from tests.megatron import SINGLE, packed_inputs, read_config
 from tests.next_tokens import make_checkpoint_with_next_tokens
 from tests.ranks import run_ranks
+from tests.tiny import tiny_config
 
 LENGTHS = [7, 1, 12, 20]
 VOCAB = 131
@@ -85,3 +98,44 @@ def test_gradients_are_those_of_the_merged_reference(name, tmp_path):
         }
         for factor, gradient in expected.items():
             assert (ours[factor] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), factor
+
+
+def one_rank_apart(name, layer):
+    """Other ranks and alphas in the layer of multi-token prediction."""
+    if name.split(".")[-2] in ("embed_tokens", "lm_head", "gate"):
+        return None
+    return Adapter(rank=4 if ".{layer}." in name else 6, alpha=6.0 if ".{layer}." in name else 9.0)
+
+
+def that_layer_and_another_linear(name, layer):
+    is_chosen = ".{layer}." not in name or "o_proj" in name
+    return one_rank_apart(name, layer) if is_chosen else None
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "fused"])
+@pytest.mark.parametrize("choose", [one_rank_apart, that_layer_and_another_linear])
+def test_peft_loads_the_rest_and_mtrain_all_of_it(choose, layout, tmp_path):
+    folder, _ = make_checkpoint_with_next_tokens(tmp_path / "model", "deepseek_v3")
+    table = weight_table(read_config(folder), 1)
+    lora = make_plan(table, choose)
+    assert next_tokens_problem(lora).startswith("PEFT leaves out the adapters of multi-token")
+    values = random_values(lora, table)
+    write_adapter(tmp_path / "adapter", lora, table, values, layout=layout)
+    stored = read_adapter(tmp_path / "adapter", table)
+    assert stored.lora == lora
+    with stored.open() as source:
+        assert all(torch.equal(source.slices(name)[:], values[name]) for name in values)
+    config = peft.LoraConfig.from_pretrained(str(tmp_path / "adapter"))
+    model = peft.PeftModel(hf_model(folder), config)
+    result = model.load_adapter(str(tmp_path / "adapter"), "default")
+    assert all(".layers.4." in name for name in result.unexpected_keys)
+    assert not [name for name in result.missing_keys if "lora_" in name]
+    changes = changes_of(lora, values.__getitem__, table, {})
+    known = {name: change for name, change in changes.items() if ".layers.4." not in name}
+    expected = logits_of(merged_by_hand(folder, known))
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_of_an_adapter_without_those_layers_nothing_is_left_out():
+    table = weight_table(tiny_config("deepseek_v3"))
+    assert next_tokens_problem(make_plan(table, one_rank_apart)) is None
