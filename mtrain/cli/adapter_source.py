@@ -13,7 +13,7 @@ from mtrain.bridge.rules import WeightTable
 from mtrain.cli.model_source import ModelSource, dtype_name
 from mtrain.config import ExportConfig, SftConfig, TunerConfig
 from mtrain.lora.base_model import check_base_model
-from mtrain.lora.peft_config import adapter_config, per_expert_problem
+from mtrain.lora.peft_config import adapter_config, next_tokens_problem, per_expert_problem
 from mtrain.lora.peft_format import StoredAdapter, read_adapter
 from mtrain.lora.plan import LoraPlan, adapter_table, check_mergeable
 from mtrain.lora.targets import choose_targets
@@ -97,11 +97,14 @@ def saving_notice(
     tuner: TunerConfig, adapter: AdapterSource | None, source: ModelSource
 ) -> str | None:
     """What the user should know about the files that will be saved; mostly nothing."""
-    if adapter is None or tuner.merge_lora or tuner.lora_export_layout == "fused":
+    if adapter is None or tuner.merge_lora:
         return None
-    model_type = source.hf_config["model_type"]
-    problem = per_expert_problem(adapter.lora, source.table, model_type=model_type)
-    return problem and f"{problem}; --lora_export_layout fused has no such limit"
+    problems = [next_tokens_problem(adapter.lora)]
+    if tuner.lora_export_layout != "fused":
+        model_type = source.hf_config["model_type"]
+        problem = per_expert_problem(adapter.lora, source.table, model_type=model_type)
+        problems.append(problem and f"{problem}; --lora_export_layout fused has no such limit")
+    return "; ".join(filter(None, problems)) or None
 
 
 def _check_precision(config: SftConfig, source: ModelSource) -> None:
