@@ -260,9 +260,12 @@ def _meter(
     *,
     total_steps: int,
 ) -> Meter:
+    source = inputs.source
+    described = source.family.megatron_config(source.hf_config, source.num_next_tokens)
     shape = ModelShape.from_config(
         chunks[0].config,
-        vocab_size=inputs.source.hf_config["vocab_size"],
+        vocab_size=described.gpt.vocab_size,
+        num_delta_net_layers=len(described.layers.delta_net_layers),
         is_frozen=inputs.adapter is not None,
     )
     size = RunSize(

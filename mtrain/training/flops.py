@@ -25,38 +25,61 @@ class ModelShape:
     """The sizes that decide the work of one token.
 
     Attributes:
-        num_layers: Transformer layers.
+        num_attention_layers: Layers in which tokens are compared, those of multi-token prediction
+            counted; not those of a gated delta net, whose work a token is small and not counted.
         num_matmul_weights: Weights that one token is multiplied with: attention, MLP (of a
             mixture the experts that a token is routed to, and the router) and the output layer;
             not the embedding, which is looked up, nor norms.
-        attention_width: Query heads x head size.
+        attention_width: Channels of all heads, the mean of queries and values.
+        num_windowed_layers: Those of the layers that have a window.
+        window: Tokens that a token of those sees.
         is_frozen: Whether all these weights are frozen, as under an adapter; the adapter's own
             work, a percent or so, is not counted.
     """
 
-    num_layers: int
+    num_attention_layers: int
     num_matmul_weights: int
-    attention_width: int
+    attention_width: float
+    num_windowed_layers: int = 0
+    window: int = 0
     is_frozen: bool = False
 
     @classmethod
     def from_config(
-        cls, config: TransformerConfig, *, vocab_size: int, is_frozen: bool = False
+        cls,
+        config: TransformerConfig,
+        *,
+        vocab_size: int,
+        num_delta_net_layers: int = 0,
+        is_frozen: bool = False,
     ) -> ModelShape:
-        """The shape of a GPT model with this Megatron-Core configuration."""
-        width = config.num_attention_heads * config.kv_channels
-        key_value_width = config.num_query_groups * config.kv_channels
-        attention = config.hidden_size * (2 * width + 2 * key_value_width)
+        """The shape of a GPT model with this Megatron-Core configuration.
+
+        Args:
+            config: The configuration.
+            vocab_size: Words without padding.
+            num_delta_net_layers: Layers with a gated delta net in place of attention.
+            is_frozen: See above.
+        """
+        num_next = config.mtp_num_layers or 0
         num_moe_layers = _num_moe_layers(config)
-        mlp = (config.num_layers - num_moe_layers) * _mlp_weights(config, config.ffn_hidden_size)
-        moe = num_moe_layers * _moe_weights_of_a_token(config) if num_moe_layers else 0
+        num_attended = config.num_layers - num_delta_net_layers
+        dense = _mlp_weights(config, config.ffn_hidden_size)
+        moe = _moe_weights_of_a_token(config) if num_moe_layers else 0
+        head = config.hidden_size * vocab_size
+        weights = num_attended * _attention_weights(config) + head
+        weights += (config.num_layers - num_moe_layers) * dense + num_moe_layers * moe
+        if num_delta_net_layers:
+            weights += num_delta_net_layers * _delta_net_weights(config)
+        joined = 2 * config.hidden_size**2
+        weights += num_next * (_attention_weights(config) + (moe or dense) + joined + head)
+        windowed = config.window_attn_skip_freq if config.window_size else None
         return cls(
-            num_layers=config.num_layers,
-            num_matmul_weights=config.num_layers * attention
-            + mlp
-            + moe
-            + config.hidden_size * vocab_size,
-            attention_width=width,
+            num_attention_layers=num_attended + num_next,
+            num_matmul_weights=weights,
+            attention_width=_attention_width(config),
+            num_windowed_layers=sum(windowed) if isinstance(windowed, list) else 0,
+            window=config.window_size[0] + 1 if config.window_size else 0,
             is_frozen=is_frozen,
         )
 
@@ -72,12 +95,45 @@ def training_flops(shape: ModelShape, *, num_tokens: float, num_attention_pairs:
 
     Returns:
         FLOPs over all ranks: 6 a weight and token, 4 if it is frozen; a pair costs 2 in each of the
-        two products of attention, a head channel, and backward costs twice the forward.
+        two products of attention, a head channel, and backward costs twice the forward. Layers
+        with a window count at most as many pairs as it has places.
     """
     per_weight = _FLOPS_PER_FROZEN_WEIGHT if shape.is_frozen else _FLOPS_PER_WEIGHT
     weights = per_weight * shape.num_matmul_weights * num_tokens
-    attention = 3 * 4 * shape.num_layers * shape.attention_width * num_attention_pairs
-    return weights + attention
+    num_full = shape.num_attention_layers - shape.num_windowed_layers
+    pairs = num_full * num_attention_pairs
+    pairs += shape.num_windowed_layers * min(num_attention_pairs, num_tokens * shape.window)
+    return weights + 3 * 4 * shape.attention_width * pairs
+
+
+def _attention_weights(config: TransformerConfig) -> int:
+    """Of one layer with attention."""
+    hidden_size, num_heads = config.hidden_size, config.num_attention_heads
+    if config.multi_latent_attention:
+        query = num_heads * (config.qk_head_dim + config.qk_pos_emb_head_dim)
+        rank = config.q_lora_rank
+        queries = hidden_size * query if rank is None else rank * (hidden_size + query)
+        down = hidden_size * (config.kv_lora_rank + config.qk_pos_emb_head_dim)
+        up = config.kv_lora_rank * num_heads * (config.qk_head_dim + config.v_head_dim)
+        return queries + down + up + num_heads * config.v_head_dim * hidden_size
+    width = num_heads * config.kv_channels
+    gate = width if config.attention_output_gate else 0
+    return hidden_size * (2 * width + gate + 2 * config.num_query_groups * config.kv_channels)
+
+
+def _attention_width(config: TransformerConfig) -> float:
+    if config.multi_latent_attention:
+        query = config.qk_head_dim + config.qk_pos_emb_head_dim
+        return config.num_attention_heads * (query + config.v_head_dim) / 2
+    return config.num_attention_heads * config.kv_channels
+
+
+def _delta_net_weights(config: TransformerConfig) -> int:
+    """Of one layer with a gated delta net."""
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    inputs = 2 * keys + 2 * values + 2 * config.linear_num_value_heads
+    return config.hidden_size * (inputs + values)
 
 
 def _num_moe_layers(config: TransformerConfig) -> int:

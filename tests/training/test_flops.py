@@ -1,7 +1,21 @@
+import json
+from math import prod
+from pathlib import Path
+
 import pytest
+import torch
 from megatron.core.transformer import TransformerConfig
 
+from mtrain.bridge.families import find_family
+from mtrain.bridge.plan import hf_tensors, weight_table
+from mtrain.config import ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
+from mtrain.model.build import transformer_config
+from mtrain.parallel import ParallelLayout
 from mtrain.training.flops import ModelShape, training_flops
+
+PUBLISHED = json.loads(
+    (Path(__file__).parents[1] / "bridge" / "published.json").read_text(encoding="utf-8")
+)
 
 DENSE = {
     "num_layers": 2,
@@ -57,11 +71,59 @@ def test_qwen3_0_6b_needs_the_flops_that_its_card_says():
 
 
 def test_short_documents_need_less_attention_than_one_long_one():
-    shape = ModelShape(num_layers=1, num_matmul_weights=0, attention_width=1)
+    shape = ModelShape(num_attention_layers=1, num_matmul_weights=0, attention_width=1)
     # One token attends to itself alone: a product with k and one with v, 3 times 2 operations each.
     assert training_flops(shape, num_tokens=1, num_attention_pairs=1) == 12
 
 
 def test_frozen_weights_have_no_gradient_of_their_own():
-    shape = ModelShape(num_layers=1, num_matmul_weights=10, attention_width=1, is_frozen=True)
+    shape = ModelShape(
+        num_attention_layers=1, num_matmul_weights=10, attention_width=1, is_frozen=True
+    )
     assert training_flops(shape, num_tokens=3, num_attention_pairs=0) == 4 * 10 * 3
+
+
+def test_a_window_bounds_the_pairs_of_its_layers():
+    shape = ModelShape(
+        num_attention_layers=3,
+        num_matmul_weights=0,
+        attention_width=1,
+        num_windowed_layers=2,
+        window=4,
+    )
+    assert training_flops(shape, num_tokens=10, num_attention_pairs=55) == 12 * (55 + 2 * 40)
+    assert training_flops(shape, num_tokens=10, num_attention_pairs=20) == 12 * 3 * 20
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_weights_of_a_token_are_those_of_the_checkpoint(name):
+    """All matrices but embeddings, and of experts the share that a token is routed to."""
+    entry = PUBLISHED[name]
+    config, num_next = entry["config"], entry["num_next_tokens"]
+    described = find_family(config).megatron_config(config, num_next)
+    built = transformer_config(
+        described,
+        ParallelLayout(),
+        model=ModelConfig(),
+        parallel=ParallelConfig(),
+        training=TrainingConfig(),
+        moe=MoEConfig(),
+        dtype=torch.float32,
+        backend="torch",
+    )
+    shape = ModelShape.from_config(
+        built,
+        vocab_size=described.gpt.vocab_size,
+        num_delta_net_layers=len(described.layers.delta_net_layers),
+    )
+    expected = 0.0
+    for tensor, size in hf_tensors(weight_table(config, num_next)).items():
+        is_matrix = len(size) == 2 and "embed" not in tensor and "wpe" not in tensor
+        share = built.moe_router_topk / built.num_moe_experts if ".experts." in tensor else 1
+        expected += prod(size) * share * is_matrix
+    head = described.gpt.vocab_size * built.hidden_size
+    # A tied head is no tensor of its own, and multi-token prediction uses the head once more.
+    expected += head * num_next
+    if described.gpt.is_tied and config["model_type"] != "gpt2":
+        expected += head
+    assert shape.num_matmul_weights == pytest.approx(expected, rel=1e-3)
