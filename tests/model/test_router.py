@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtrain.config import MoEConfig
+from mtrain.config import MoEConfig, TunerConfig
 from mtrain.parallel import ParallelLayout, ParallelState
 from mtrain.training.balance import count_routers, take_side_losses
 from tests.ranks import run_ranks
@@ -78,6 +78,28 @@ def test_biases_move_by_the_rate_and_alike_on_every_layout(layout, tmp_path):
     assert not torch.equal(before, expected)
     for _, after in run_ranks(layout, biases_after_a_step, folder, 0.5):
         assert torch.equal(after, expected)
+
+
+def changed_by_a_step(state: ParallelState, folder: Path, tuner: TunerConfig) -> dict[str, bool]:
+    """Which weights of the expert layers a step changes."""
+    rig = make_rig(state, folder, tuner=tuner)
+    before = rig.weights()
+    rig.step([packed(documents(4), length=64)])
+    return {
+        name: not torch.equal(before[name], weight)
+        for name, weight in rig.weights().items()
+        if ".mlp." in name
+    }
+
+
+def test_routers_can_be_frozen_alone(folder):
+    frozen = TunerConfig(freeze_parameters_regex=r".*\.router\..*")
+    [changed] = run_ranks(ONE, changed_by_a_step, folder, frozen)
+    routers = {name for name in changed if ".router." in name}
+    assert len(routers) == 4
+    assert {name for name, is_changed in changed.items() if not is_changed} == routers
+    [changed] = run_ranks(ONE, changed_by_a_step, folder, TunerConfig())
+    assert all(changed.values())
 
 
 def test_biases_stay_where_no_rate_is_given(tmp_path):
