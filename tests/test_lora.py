@@ -245,6 +245,7 @@ LAYOUTS = {
 FAMILIES = (
     "deepseek_v3",
     "deepseek_v3_groups",
+    "deepseek_v2",
     "qwen2_moe",
     "mixtral",
     "glm4",
@@ -256,7 +257,7 @@ FAMILIES = (
     "qwen3_next_moe",
 )
 CASES = [
-    *((name, "all", "one") for name in ("llama", "qwen2", "qwen3", "qwen3_moe_mixed")),
+    *((name, "all", "one") for name in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe_mixed")),
     ("qwen2", "all", "tp2"),
     ("qwen3", "all", "tp4_more_ranks_than_groups"),
     ("qwen3", "all", "pp2_vpp2"),
@@ -335,6 +336,7 @@ def test_recomputing_changes_nothing(name, sizes, recompute, judged, tmp_path):
     assert_same(results[0], expected)
 
 
+@pytest.mark.shows("lora")
 @pytest.mark.parametrize(
     ("name", "sizes"), [("deepseek_v3", "tp2_ep2"), ("deepseek_v3", "pp2"), ("mimo", "tp2_pp2")]
 )
