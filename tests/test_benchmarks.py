@@ -39,3 +39,11 @@ def test_conversion_is_measured_in_bounded_memory_and_leaves_no_files(tmp_path: 
     assert 0 < step["anonymous_bytes"] <= step["rss_bytes"] < 4e9
     assert "| dtype |" in table
     assert list(work.iterdir()) == []
+
+
+def test_planning_is_measured_on_lengths_alone() -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "packing.py", "--samples", "20000"]
+    table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| Zipf")]
+    assert [row[2].strip() for row in rows] == ["2,048", "8,192"]
+    assert all(float(row[5].strip(" %")) > 99 for row in rows)
