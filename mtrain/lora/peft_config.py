@@ -92,9 +92,7 @@ def adapter_config(
         ValueError: PEFT has no way to express the adapter.
     """
     lora, table = plan_in_model(lora, table), table_in_model(table)
-    adapters = [
-        a for linear in lora.linears for a in linear.adapters if a for _ in linear.layers or (0,)
-    ]
+    adapters = [adapter for linear in lora.linears for _, _, adapter in _adapted(linear)]
     (use_rslora,) = {adapter.use_rslora for adapter in adapters}
     rank = _most_common(adapter.rank for adapter in adapters)
     alpha = _most_common(adapter.alpha for adapter in adapters)

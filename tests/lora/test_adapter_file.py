@@ -83,3 +83,43 @@ def test_parts_that_are_not_the_adapter_are_a_bug(tmp_path):
         join(tmp_path / "less", names[1:])
     with pytest.raises(AssertionError, match="parts are not the adapter"):
         join(tmp_path / "twice", names, names[:1])
+
+
+def test_tensors_that_always_have_the_same_dtype_keep_it(tmp_path):
+    """The biases that choose experts, which a saved router has; rounded, they choose others."""
+    table = weight_table(tiny_config("deepseek_v3"))
+    gate = "model.layers.{layer}.mlp.gate."
+    saved = (f"{gate}weight", f"{gate}e_score_correction_bias")
+    lora = uniform_plan(table, "q_a_proj", modules_to_save=saved)
+    values = random_values(lora, table)
+    parts = [tmp_path / "part-0.safetensors", tmp_path / "part-1.safetensors"]
+    stored = {
+        name: value if name.endswith("correction_bias") else value.bfloat16()
+        for name, value in values.items()
+    }
+    for index, path in enumerate(parts):
+        save_file({name: stored[name] for name in sorted(stored)[index::2]}, path)
+    target = tmp_path / "joined.safetensors"
+    join_adapter_files(parts, target, lora=lora, table=table, layout="per_expert")
+    joined = load_file(target)
+    assert joined.keys() == stored.keys()
+    for name, value in stored.items():
+        assert joined[name].dtype == value.dtype
+        assert torch.equal(joined[name], value)
+
+
+def test_a_module_that_transformers_renamed_is_stored_under_its_new_name(tmp_path):
+    table = weight_table(tiny_config("mixtral"))
+    lora = uniform_plan(table, "gate", "w1", "w2", "w3")
+    values = random_values(lora, table)
+    save_file(values, tmp_path / "part.safetensors")
+    for layout in ("per_expert", "fused"):
+        target = tmp_path / f"{layout}.safetensors"
+        join_adapter_files(
+            [tmp_path / "part.safetensors"], target, lora=lora, table=table, layout=layout
+        )
+        names = set(read_header(target))
+        experts = "block_sparse_moe.experts.3.w2" if layout == "per_expert" else "mlp.experts"
+        for module in ("mlp.gate", experts):
+            assert f"base_model.model.model.layers.0.{module}.lora_A.weight" in names
+        assert not any("block_sparse_moe.gate" in name for name in names)

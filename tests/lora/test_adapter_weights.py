@@ -90,3 +90,18 @@ def test_all_tensors_have_the_widest_dtype(tmp_path, dtypes, expected):
     for name, value in stored.items():
         assert found[name].dtype == wanted
         assert torch.equal(found[name], value.to(wanted))
+
+
+def test_a_dtype_that_is_always_the_same_does_not_widen_the_others(tmp_path):
+    table = table_of(make_checkpoint(tmp_path / "model", "deepseek_v3", num_hidden_layers=2))
+    gate = "model.layers.{layer}.mlp.gate."
+    saved = (f"{gate}weight", f"{gate}e_score_correction_bias")
+    lora = uniform_plan(table, "q_a_proj", modules_to_save=saved)
+    values = random_values(lora, table)
+    bias = "base_model.model.model.layers.1.mlp.gate.e_score_correction_bias"
+    stored = {n: v if n == bias else v.bfloat16() for n, v in values.items()}
+    weights = weights_in(write_adapter(tmp_path / "adapter", lora, table, stored), table)
+    assert weights.adapter.dtype == "bfloat16"
+    assert {n for n, tensor in weights.tensors.items() if tensor.dtype == "F32"} == {bias}
+    found = values_of(weights)
+    assert all(torch.equal(found[name], stored[name]) for name in stored)

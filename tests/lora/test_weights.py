@@ -18,6 +18,7 @@ LAYOUTS = {
     "tp2_pp2": layout(tp_size=2, pp_size=2),
     "tp2_etp2_ep2": layout(tp_size=2, etp_size=2, ep_size=2),
     "tp4": layout(tp_size=4),
+    "tp2_ep2": layout(tp_size=2, ep_size=2),
 }
 
 
@@ -26,6 +27,14 @@ def values_of(state, folder, lora, values, output):
     chunks = attached(state, folder, lora, values)
     lookup = adapter_lookup(chunks, dtype=torch.float32)
     return gathered(state, lookup, output, adapter_table(table, lora))
+
+
+def dtypes_of(state, folder, lora, values):
+    """Dtypes of some tensors of an adapter that is saved in bfloat16, from a float32 model."""
+    (chunk,) = attached(state, folder, lora, values)
+    lookup = adapter_lookup([chunk], dtype=torch.bfloat16)
+    router = "decoder.layers.1.mlp.router."
+    return [lookup(0, router + name, None).dtype for name in ("weight", "expert_bias")]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +50,37 @@ def test_loading_and_saving_gives_the_same_bytes(sizes, checkpoint, tmp_path):
     saved = run_ranks(sizes, values_of, checkpoint, lora, values, tmp_path / "out")[0]
     assert saved.keys() == values.keys()
     assert all(torch.equal(saved[name], values[name]) for name in values)
+
+
+FAMILIES = {
+    "deepseek_v3": "tp2_ep2",
+    "qwen2_moe": "tp2_ep2",
+    "qwen3_next_moe": "tp2_ep2",
+    "gpt_oss_moe": "tp2_etp2_ep2",
+    "mixtral": "tp2_ep2",
+    "phi3": "tp4",
+    "gpt2": "tp4",
+}
+
+
+@pytest.mark.parametrize(("name", "sizes"), FAMILIES.items())
+def test_so_it_is_for_the_linears_of_other_families(name, sizes, tmp_path):
+    folder = make_checkpoint(tmp_path / "model", name)
+    saved = {"deepseek_v3": ("mlp.gate",), "qwen2_moe": ("shared_expert.down_proj",)}
+    targets = ("q_proj", "shared_expert_gate") if name == "qwen2_moe" else ("all-linear",)
+    table, lora = plan_of(folder, target_modules=targets, modules_to_save=saved.get(name, ()))
+    values = random_factors(table, lora)
+    saved = run_ranks(LAYOUTS[sizes], values_of, folder, lora, values, tmp_path / "out")[0]
+    assert saved.keys() == values.keys()
+    assert all(torch.equal(saved[key], values[key]) for key in values)
+
+
+def test_a_buffer_keeps_its_dtype_where_the_adapter_is_saved_in_another_one(tmp_path):
+    folder = make_checkpoint(tmp_path / "model", "deepseek_v3")
+    table, lora = plan_of(folder, target_modules=("o_proj",), modules_to_save=("mlp.gate",))
+    values = random_factors(table, lora)
+    (dtypes,) = run_ranks(SINGLE, dtypes_of, folder, lora, values)
+    assert dtypes == [torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("sizes", list(LAYOUTS)[1:3])
