@@ -3,6 +3,7 @@
 The judges are PEFT and transformers, which compute the validation loss that was logged.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from mtrain.data.storage import TokenizedDataset
 from tests.lora.peft_folders import load_with_peft
-from tests.machine import WORDS, Done, Machine, logged, loss_of, make_machine
+from tests.machine import WORDS, Done, Machine, copy_model, logged, loss_of, make_machine
+from tests.tiny import make_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +164,54 @@ def test_training_starts_from_megatrons_format_too(
     expected = load_file(merged / "model.safetensors")
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+# What is trained and how it is saved.
+FAMILIES = {
+    "deepseek_v3": ("--modules_to_save", "mlp.gate"),
+    "gpt_oss_moe": (
+        "--target_modules",
+        "all-linear",
+        "all-router",
+        "--lora_export_layout",
+        "fused",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families_train_on_two_ranks_load_in_peft_and_merge(
+    name, machine, data_words, tmp_path
+) -> None:
+    model, output, merged = (tmp_path / part for part in ("model", "out", "merged"))
+    copy_model(machine, model)
+    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    make_checkpoint(model, name, vocab_size=vocab_size, num_hidden_layers=2)
+    done = machine.sft(
+        *("--model", str(model), *data_words, "--global_batch_size", "4"),
+        *("--tuner_type", "lora", "--lora_rank", "4", "--tensor_model_parallel_size", "2"),
+        *("--train_iters", "2", "--lr", "2e-2", "--save_steps", "2", *FAMILIES[name]),
+        *("--output_dir", str(output), "--add_version", "false", "--report_to", "none"),
+        num_ranks=2,
+    )
+    assert done.code == 0, done.stderr
+    (folder,) = output.glob("checkpoint-2")
+    prepared = machine.home.glob(".cache/mtrain/prepared/*/validation")
+    expected = logged(output, "eval_loss")[-1]
+    judge = load_with_peft(model, folder)
+    found = [loss_of(judge, TokenizedDataset(validation)) for validation in prepared]
+    assert pytest.approx(expected, rel=1e-5) in found
+    done = machine.megatron(
+        *("export", "--model", str(model), "--adapters", str(folder), "--to_hf", "true"),
+        *("--output_dir", str(merged)),
+    )
+    assert done.code == 0, done.stderr
+    whole, report = AutoModelForCausalLM.from_pretrained(
+        merged, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            whole(ids).logits, judge.eval()(ids).logits, rtol=1e-4, atol=1e-4
+        )
