@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mtrain.lora.plan import PEFT_PREFIX
+from mtrain.lora.plan import PEFT_PREFIX, module_name, module_of
 from mtrain.parallel import (
     destroy_parallel,
     destroy_world,
@@ -15,14 +15,17 @@ from mtrain.parallel import (
 from mtrain.platform.device import has_transformer_engine
 from tests.adapters import attached, peft_model, plan_of, random_factors
 from tests.megatron import SINGLE, load_model, packed_inputs
-from tests.tiny import make_checkpoint
+from tests.tiny import MOE, make_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 NO_TE = pytest.mark.skipif(not has_transformer_engine(), reason="needs Transformer Engine")
 BACKENDS = ["torch", pytest.param("te", marks=NO_TE)]
 LENGTHS = [40, 7, 64, 17]
 VOCAB = 131
-NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NAMES = [
+    *("qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "qwen2_moe", "qwen3_next_moe"),
+    *("gpt_oss_moe", "phi3", "gpt2"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def on_gpu(inputs):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("name", NAMES)
 def test_fresh_adapters_leave_the_logits_bit_equal(name, backend, state, tmp_path):
     """T44 on the real kernels."""
     folder = make_checkpoint(tmp_path, name, hidden_size=128, moe_intermediate_size=64)
@@ -58,7 +61,7 @@ def test_fresh_adapters_leave_the_logits_bit_equal(name, backend, state, tmp_pat
 @pytest.mark.shows("lora", "backend")
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("name", NAMES)
 def test_losses_and_gradients_are_near_those_of_peft(name, backend, adapter_dtype, state, tmp_path):
     folder = make_checkpoint(tmp_path, name, hidden_size=128, moe_intermediate_size=64)
     table, lora = plan_of(folder)
@@ -72,7 +75,8 @@ def test_losses_and_gradients_are_near_those_of_peft(name, backend, adapter_dtyp
         adapter_dtype=adapter_dtype,
         backend=backend,
     )
-    config = peft.LoraConfig(r=4, lora_alpha=6.0, target_modules=NAMES)
+    words = {"target_modules": "all-linear", "exclude_modules": ["lm_head"]}
+    config = peft.LoraConfig(r=4, lora_alpha=6.0, **words)
     judge, theirs = peft_model(folder, config, values)
     judge.cuda()
     inputs = on_gpu(packed_inputs(LENGTHS, VOCAB))
@@ -83,9 +87,11 @@ def test_losses_and_gradients_are_near_those_of_peft(name, backend, adapter_dtyp
     loss = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="sum")
     loss.backward()
     torch.testing.assert_close(losses.sum(), loss, rtol=5e-3, atol=0)
-    layer = model.decoder.layers[0].self_attention.linear_proj.adapter
+    linear = next(one for one in lora.linears if one.kind == "row")
+    layer = model.get_submodule(module_of(linear.rule.megatron).replace("{layer}", "0")).adapter
+    module = PEFT_PREFIX + module_name(linear.rule.hf[0]).replace("{layer}", "0")
     for factor, letter in ((layer.lora_a, "A"), (layer.lora_b, "B")):
-        expected = theirs[f"{PEFT_PREFIX}model.layers.0.self_attn.o_proj.lora_{letter}.weight"].grad
+        expected = theirs[f"{module}.lora_{letter}.weight"].grad
         likeness = F.cosine_similarity(factor.grad.float().flatten(), expected.flatten(), dim=0)
         # A router in bfloat16 sends a token here and there to another expert.
-        assert likeness > (0.98 if "moe" in name else 0.995)
+        assert likeness > (0.98 if name in MOE else 0.995)
