@@ -88,8 +88,11 @@ def test_losses_and_gradients_are_near_those_of_peft(name, backend, adapter_dtyp
     loss.backward()
     torch.testing.assert_close(losses.sum(), loss, rtol=5e-3, atol=0)
     linear = next(one for one in lora.linears if one.kind == "row")
-    layer = model.get_submodule(module_of(linear.rule.megatron).replace("{layer}", "0")).adapter
-    module = PEFT_PREFIX + module_name(linear.rule.hf[0]).replace("{layer}", "0")
+    parameter, weight = (
+        name.replace("{layer}", str(linear.layers[0]))
+        for name in (linear.rule.megatron, module_name(linear.rule.hf[0]))
+    )
+    layer, module = model.get_submodule(module_of(parameter)).adapter, PEFT_PREFIX + weight
     for factor, letter in ((layer.lora_a, "A"), (layer.lora_b, "B")):
         expected = theirs[f"{module}.lora_{letter}.weight"].grad
         likeness = F.cosine_similarity(factor.grad.float().flatten(), expected.flatten(), dim=0)

@@ -39,10 +39,13 @@ def adapt_column_linear(base: type) -> type:
             self, input_: torch.Tensor, *args: Any, **kwargs: Any
         ) -> tuple[torch.Tensor, Any]:
             """[seq (/ tp_size), batch, in] -> [seq, batch, out / tp_size]."""
-            output, bias = super().forward(input_, *args, **kwargs)
+            output, bias, *normalised = super().forward(input_, *args, **kwargs)
+            # Transformer Engine's norm is inside the linear; attach asked for what it gives, which
+            # comes with the output or, where there is a bias to return, behind it.
             if isinstance(output, tuple):
-                # Transformer Engine's norm is inside the linear; attach asked for what it gives.
-                output, input_ = output
+                output, *normalised = output
+            if normalised:
+                (input_,) = normalised
             adapter = self.adapter
             lora_a, scaled_b = adapter()
             is_split = adapter.is_sequence_parallel and not adapter.is_local

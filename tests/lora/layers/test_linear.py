@@ -7,7 +7,9 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
 )
 
+from mtrain.lora.layers.linear import adapt_column_linear
 from tests.adapters import attached, plan_of, random_factors
+from tests.lora.layers.test_factors import make_factors
 from tests.megatron import SINGLE, packed_inputs
 from tests.ranks import run_ranks
 from tests.test_invariance import layout
@@ -124,3 +126,30 @@ def test_dropout_reaches_linears_that_every_rank_holds_whole(name, tmp_path):
     first, second = run_ranks(layout(tp_size=2), dropped_shares, *arguments)
     assert first == second, "ranks computed different losses"
     assert first[0] != first[1], "nothing was dropped"
+
+
+class NormInside(torch.nn.Module):
+    """Returns what Megatron-Core's wrapper of Transformer Engine's linear with a norm returns."""
+
+    def __init__(self, *, returns_bias):
+        super().__init__()
+        self.returns_bias = returns_bias
+
+    def forward(self, input_):
+        normalised = input_ / 2
+        output = input_.new_zeros(1, 6)
+        bias = torch.ones(6)
+        return (output, bias, normalised) if self.returns_bias else ((output, normalised), None)
+
+
+@pytest.mark.parametrize("returns_bias", [False, True])
+def test_with_a_norm_inside_a_is_applied_to_what_the_norm_gives(returns_bias):
+    """With a bias Transformer Engine returns it between the output and the normalised input."""
+    module = NormInside(returns_bias=returns_bias)
+    module.adapter = make_factors(scales=2.0, a_shape=(3, 6), b_shape=(6, 3))
+    module.__class__ = adapt_column_linear(NormInside)
+    tokens = torch.randn(1, 6)
+    output, bias = module(tokens)
+    expected = 2.0 * (tokens / 2) @ module.adapter.lora_a.t() @ module.adapter.lora_b.t()
+    torch.testing.assert_close(output, expected)
+    assert (bias is not None) == returns_bias
