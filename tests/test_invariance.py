@@ -19,6 +19,7 @@ from tests.megatron import form_of, load_model, packed_inputs, read_config
 from tests.next_tokens import make_checkpoint_with_next_tokens
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
+from tests.training.rig import positions_of
 
 VOCAB = 131
 STEPS = 3
@@ -83,7 +84,13 @@ def batches_of_rank(state, lengths_of_step, step):
         mask[:, num_tokens:] = True
         labels = inputs.pop("labels").masked_fill(mask, -100)
         batches.append(
-            PackedBatch(**inputs, labels=labels, num_tokens=num_tokens, sample_ids=(index,))
+            PackedBatch(
+                **inputs,
+                labels=labels,
+                label_positions=positions_of(labels),
+                num_tokens=num_tokens,
+                sample_ids=(index,),
+            )
         )
     return batches
 

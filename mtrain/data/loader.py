@@ -215,6 +215,8 @@ class PackedBatch:
         input_ids: int64 [batch, seq].
         labels: int64 [batch, seq]; labels[t] is the token that position t predicts, -100 where
             there is no loss, never across documents.
+        label_positions: int64 [num_labels], where the flattened labels are not -100: known here
+            without asking a device.
         position_ids: int64 [batch, seq], from 0 in every document.
         cu_seqlens: int32 [num_documents + 1], bounds of the documents of the single row, padding
             being documents too; None when each document is a row of its own.
@@ -225,6 +227,7 @@ class PackedBatch:
 
     input_ids: torch.Tensor
     labels: torch.Tensor
+    label_positions: torch.Tensor
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor | None
     max_seqlen: int
@@ -270,6 +273,7 @@ def _collate_documents(
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
+        label_positions=_label_positions(labels),
         position_ids=torch.from_numpy(position_ids[None]),
         cu_seqlens=torch.from_numpy(bounds),
         max_seqlen=int(document_sizes.max()),
@@ -292,12 +296,17 @@ def _collate_rows(
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
+        label_positions=_label_positions(labels),
         position_ids=torch.from_numpy(position_ids),
         cu_seqlens=None,
         max_seqlen=shape[1],
         num_tokens=sum(lengths),
         sample_ids=sample_ids,
     )
+
+
+def _label_positions(labels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.flatnonzero(labels != IGNORED).astype(np.int64, copy=False))
 
 
 def load_steps(

@@ -4,6 +4,7 @@ The one thing to know: `forward` takes document boundaries as `cu_seqlens`, what
 how attention and rotary embeddings are told about them is decided here and nowhere else.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
 from mtrain.bridge.family import GPTArguments
+from mtrain.model.head import LossTargets, OutputLayer
 from mtrain.model.loss import vocab_parallel_loss
 from mtrain.model.next_tokens import next_labels, note_loss
 from mtrain.model.rope import RotaryEmbedding, rotary_frequencies
@@ -49,6 +51,8 @@ class LanguageModel(GPTModel):
             rotary_percent=rope.dim / gpt_arguments["config"].kv_channels if rope else 1.0,
             **gpt_arguments,
         )
+        if self.post_process:
+            self.output_layer.__class__ = OutputLayer
         self.num_words = arguments.vocab_size
         self.packed_format = packed_format
         self.embedding_scale = arguments.embedding_scale
@@ -70,6 +74,8 @@ class LanguageModel(GPTModel):
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         padding_mask: torch.Tensor | None = None,
+        label_positions: torch.Tensor | None = None,
+        loss_gradient: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Runs this chunk.
 
@@ -83,30 +89,61 @@ class LanguageModel(GPTModel):
             max_seqlen: Tokens of the longest document; given with `cu_seqlens`.
             padding_mask: bool [batch, seq], True at padding, which then does not count in the
                 balance of the experts.
+            label_positions: int64 [num_labels], where the flattened `labels` are not -100. Other
+                positions then do not go through the output layer.
+            loss_gradient: float64 scalar on the device (of float32 arguments half-precision
+                wrappers make others), what the gradient of every token's loss will be, if that is
+                known; see `LossTargets`. It must be the same for all of them in any case, unless
+                the output layer is frozen.
 
         Returns:
             Before the last stage: hidden states [seq, batch, hidden] (sequence-parallel: this
             rank's part). On it, with labels: losses float32 [batch, seq] and correct bool
             [batch, seq]; without: logits [batch, seq, padded_vocab / tp_size].
         """
-        packed = None
-        if cu_seqlens is not None:
-            self._longest_document = max_seqlen
-            longest = _power_of_two_above(max_seqlen)
-            packed = PackedSeqParams(
-                qkv_format=self.packed_format,
-                cu_seqlens_q=cu_seqlens,
-                cu_seqlens_kv=cu_seqlens,
-                max_seqlen_q=longest,
-                max_seqlen_kv=longest,
-            )
         return super().forward(
             input_ids,
             position_ids,
             attention_mask,
-            labels=labels,
-            packed_seq_params=packed,
+            # Megatron-Core hands them to `_postprocess` unseen.
+            labels=self._targets(labels, label_positions, loss_gradient),
+            packed_seq_params=self._packed(cu_seqlens, max_seqlen),
             padding_mask=padding_mask,
+        )
+
+    def _packed(
+        self, cu_seqlens: torch.Tensor | None, max_seqlen: int | None
+    ) -> PackedSeqParams | None:
+        """Document boundaries as layers take them."""
+        if cu_seqlens is None:
+            return None
+        self._longest_document = max_seqlen
+        longest = _power_of_two_above(max_seqlen)
+        return PackedSeqParams(
+            qkv_format=self.packed_format,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+
+    def _targets(
+        self,
+        labels: torch.Tensor | None,
+        label_positions: torch.Tensor | None,
+        loss_gradient: torch.Tensor | None,
+    ) -> LossTargets | None:
+        """The labels as the output layer takes them, where it is."""
+        if labels is None or not self.post_process:
+            return None
+        return LossTargets(
+            labels=labels,
+            label_positions=label_positions,
+            vocab_size=self.num_words,
+            loss_gradient=None if loss_gradient is None else loss_gradient.float(),
+            # A tied weight has one as the embedding, wherever the embedding is used.
+            has_other_gradient=self.share_embeddings_and_output_weights
+            and (self.pre_process or self.mtp_process),
         )
 
     def _preprocess(
@@ -157,12 +194,12 @@ class LanguageModel(GPTModel):
         hidden_states: torch.Tensor,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        labels: torch.Tensor | None,
+        labels: LossTargets | None,
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Megatron-Core's, but with labels the loss is ours and comes with the accuracy."""
-        if labels is None or not self.post_process:
+        if labels is None:
             kwargs["mtp_in_postprocess"] = False
             num_next, self.config.mtp_num_layers = self.config.mtp_num_layers, None
             output = super()._postprocess(
@@ -178,15 +215,18 @@ class LanguageModel(GPTModel):
         return losses, correct
 
     def _losses(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor
+        self, hidden_states: torch.Tensor, targets: LossTargets
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses float32 [batch, seq] of hidden states behind the last norm, and accuracy."""
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
+        if type(self.output_layer) is OutputLayer:
+            return self.output_layer(hidden_states, weight=weight, targets=targets)
+        # With an adapter on it, which adds to the logits.
         logits, _ = self.output_layer(hidden_states, weight=weight)
         return vocab_parallel_loss(
-            logits, labels, vocab_size=self.num_words, tp_group=self.pg_collection.tp
+            logits, targets.labels, vocab_size=self.num_words, tp_group=self.pg_collection.tp
         )
 
     def _next_token_losses(
@@ -194,7 +234,7 @@ class LanguageModel(GPTModel):
         hidden_states: torch.Tensor,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        labels: torch.Tensor,
+        targets: LossTargets,
         rotary_pos_emb: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         attention_mask: None = None,
@@ -214,13 +254,30 @@ class LanguageModel(GPTModel):
             embedding=self.embedding,
         ).chunk(1 + self.config.mtp_num_layers)
         total = torch.zeros((), device=hidden_states.device)
+        factor = self.config.mtp_loss_scaling_factor / self.config.mtp_num_layers
+        if targets.loss_gradient is not None:
+            targets = dataclasses.replace(targets, loss_gradient=targets.loss_gradient * factor)
+        # The weight's gradient that autograd sees is that of the next token's loss.
+        targets = dataclasses.replace(targets, has_other_gradient=True)
         for layer, hidden in enumerate(hidden_of_layers[1:]):
-            labels = next_labels(labels, position_ids)
-            losses, _ = self._losses(hidden, labels)
-            note_loss(losses, labels, layer=layer, num_layers=self.config.mtp_num_layers)
+            targets = _one_token_on(targets, position_ids)
+            losses, _ = self._losses(hidden, targets)
+            note_loss(losses, targets.labels, layer=layer, num_layers=self.config.mtp_num_layers)
             total = total + losses
-        weighted = total * (self.config.mtp_loss_scaling_factor / self.config.mtp_num_layers)
+        weighted = total * factor
         return weighted - weighted.detach()
+
+
+def _one_token_on(targets: LossTargets, position_ids: torch.Tensor) -> LossTargets:
+    """The labels of the positions before, which are those that have one then.
+
+    The position before the first one is the last one, which has none.
+    """
+    positions = targets.label_positions
+    if positions is not None:
+        positions = (positions - 1) % targets.labels.numel()
+    labels = next_labels(targets.labels, position_ids)
+    return dataclasses.replace(targets, labels=labels, label_positions=positions)
 
 
 def _power_of_two_above(length: int) -> int:

@@ -22,6 +22,8 @@ class MicroBatch(Protocol):
     Attributes:
         input_ids: int64 [batch, seq].
         labels: int64 [batch, seq]; the word after each position, -100 for no loss.
+        label_positions: int64 [num_labels], ascending: all positions of the flattened labels that
+            are not -100.
         position_ids: int64 [batch, seq], from 0 in every document.
         cu_seqlens: int32 [num_documents + 1], where the documents of a pack begin (batch 1); None
             for one document a row.
@@ -32,6 +34,7 @@ class MicroBatch(Protocol):
 
     input_ids: torch.Tensor
     labels: torch.Tensor
+    label_positions: torch.Tensor
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor | None
     max_seqlen: int
@@ -80,7 +83,7 @@ def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """The micro-batch with its tensors on a device; from pinned memory without waiting."""
     moved = {
         name: getattr(batch, name).to(device, non_blocking=True)
-        for name in ("input_ids", "labels", "position_ids", "cu_seqlens")
+        for name in ("input_ids", "labels", "label_positions", "position_ids", "cu_seqlens")
         if getattr(batch, name) is not None
     }
     return dataclasses.replace(batch, **moved)

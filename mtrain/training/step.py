@@ -28,6 +28,7 @@ from mtrain.training.batch import MicroBatch, to_device
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.transformer import TransformerConfig
 
 __all__ = ["NonFiniteError", "StepResult", "run_schedule", "train_step"]
 
@@ -127,8 +128,11 @@ def run_schedule(
     micro_batch_size, seq_length = max(shapes)
     # Stages exchange shapes only when they differ: it costs a message a micro-batch.
     chunks[0].config.variable_seq_lengths = len(shapes) > 1
+    loss_gradient = None
+    if not forward_only:
+        loss_gradient = _loss_gradient(scale, len(batches), chunks[0].config)
     return get_forward_backward_func()(
-        forward_step_func=functools.partial(_forward, scale),
+        forward_step_func=functools.partial(_forward, scale, loss_gradient),
         data_iterator=[iter(batches) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(batches),
@@ -138,8 +142,26 @@ def run_schedule(
     )
 
 
+def _loss_gradient(
+    scale: torch.Tensor, num_microbatches: int, config: TransformerConfig
+) -> torch.Tensor:
+    """The gradient that the loss of every token will get, which the output layer wants to know.
+
+    Source: `backward_step` and `forward_step_calc_loss` of Megatron-Core's schedules multiply by
+    the loss scale of float16 and divide by the number of micro-batches; `_loss` does the rest.
+    """
+    one = torch.ones((), device=scale.device)
+    if config.grad_scale_func is not None:
+        one = config.grad_scale_func(one)
+    # Half-precision wrappers round every argument that is float32.
+    return (scale * (one / num_microbatches)).double().reshape(())
+
+
 def _forward(
-    scale: torch.Tensor, batches: Iterator[MicroBatch], chunk: DistributedDataParallel
+    scale: torch.Tensor,
+    loss_gradient: torch.Tensor | None,
+    batches: Iterator[MicroBatch],
+    chunk: DistributedDataParallel,
 ) -> tuple[torch.Tensor, functools.partial]:
     batch = next(batches)
     output = chunk(
@@ -149,6 +171,8 @@ def _forward(
         cu_seqlens=batch.cu_seqlens,
         max_seqlen=batch.max_seqlen,
         padding_mask=_padding_mask(batch) if chunk.config.num_moe_experts else None,
+        label_positions=batch.label_positions,
+        loss_gradient=loss_gradient,
     )
     return output, functools.partial(_loss, labels=batch.labels, scale=scale)
 

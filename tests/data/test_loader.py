@@ -134,9 +134,15 @@ def test_sizes_that_do_not_divide_and_empty_data_are_refused(dataset):
         )
 
 
+def assert_label_positions_are_those_of_the_labels(batch):
+    positions = (batch.labels.flatten() != IGNORED).nonzero().squeeze(1)
+    assert torch.equal(batch.label_positions, positions)
+
+
 def assert_documents_are_intact(batch, dataset):
     """Documents are the samples, with own positions; the rest is padding without loss."""
     bounds = batch.cu_seqlens.tolist()
+    assert_label_positions_are_those_of_the_labels(batch)
     assert batch.cu_seqlens.dtype == torch.int32
     assert bounds[0] == 0
     assert bounds[-1] == batch.input_ids.shape[1]
@@ -152,7 +158,7 @@ def assert_documents_are_intact(batch, dataset):
             assert (batch.labels[0, start:end] == IGNORED).all()
             assert (batch.input_ids[0, start:end] == 3).all()
     assert batch.num_tokens == int(dataset.lengths[list(batch.sample_ids)].sum())
-    for tensor in (batch.input_ids, batch.labels, batch.position_ids):
+    for tensor in (batch.input_ids, batch.labels, batch.label_positions, batch.position_ids):
         assert tensor.dtype == torch.int64
 
 
@@ -198,6 +204,7 @@ def test_rows_are_padded_on_the_right(dataset):
         assert batch.labels[row, :length].tolist() == dataset[index].labels.tolist()
         assert (batch.labels[row, length:] == IGNORED).all()
     assert (batch.labels[2] == IGNORED).all()
+    assert_label_positions_are_those_of_the_labels(batch)
     assert (batch.position_ids == torch.arange(batch.max_seqlen)).all()
 
 

@@ -1,12 +1,16 @@
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mtrain.config import TrainingConfig
+from mtrain.model import head
+from mtrain.model.head import linear_cross_entropy
 from mtrain.parallel import ParallelLayout
 from tests.megatron import load_model, packed_inputs
+from tests.next_tokens import make_checkpoint_with_next_tokens
 from tests.ranks import run_ranks
 from tests.tiny import TINY, make_checkpoint
 
@@ -159,3 +163,76 @@ def test_recomputed_norms_change_gradients_by_rounding_alone(name, tmp_path):
     (grads,) = run_ranks(ParallelLayout(), gradient_with, folder, norms)
     for parameter, grad in expected.items():
         assert (grads[parameter] - grad).abs().max() <= 2e-6 * grad.abs().max(), parameter
+
+
+def gradients_of_rows(state, folder, selects, freezes_head, num_next_tokens, sequence_parallel):
+    """Losses, accuracy, gradients, and how many tokens went through the head, of rows."""
+    (model,) = load_model(
+        state, folder, num_next_tokens=num_next_tokens, sequence_parallel=sequence_parallel
+    )
+    if freezes_head:
+        model.output_layer.requires_grad_(False)
+    model.train()
+    documents = [packed_inputs([16], VOCAB, seed=seed) for seed in range(3)]
+    input_ids = torch.cat([document["input_ids"] for document in documents])
+    labels = torch.cat([document["labels"] for document in documents])
+    # Left are the first positions of rows, the last that can have one, and a row without any.
+    labels[:, 3:9] = labels[1] = -100
+    positions = (labels.flatten() != -100).nonzero().squeeze(1) if selects else None
+    num_tokens = []
+
+    def counted(hidden, *arguments, **options):
+        num_tokens.append(len(hidden))
+        return linear_cross_entropy(hidden, *arguments, **options)
+
+    with mock.patch.object(head, "linear_cross_entropy", counted):
+        losses, correct = model(
+            input_ids, torch.arange(16).repeat(3, 1), labels=labels, label_positions=positions
+        )
+    losses.sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return losses.detach(), correct, gradients, num_tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "tp_size", "sequence_parallel", "freezes_head"),
+    [
+        ("qwen3", 1, False, False),
+        ("qwen3", 1, False, True),
+        ("llama3_tied", 1, False, False),
+        ("qwen3", 2, False, False),
+        ("qwen3", 2, True, True),
+        ("llama3_tied", 2, True, False),
+    ],
+)
+def test_positions_without_a_label_need_not_go_through_the_head(
+    name, tp_size, sequence_parallel, freezes_head, tmp_path
+):
+    folder = make_checkpoint(tmp_path, name)
+    layout = ParallelLayout(world_size=tp_size, tp_size=tp_size)
+    options = (freezes_head, 0, sequence_parallel)
+    everywhere = run_ranks(layout, gradients_of_rows, folder, False, *options)
+    selected = run_ranks(layout, gradients_of_rows, folder, True, *options)
+    for expected, result in zip(everywhere, selected, strict=True):
+        assert (expected[3], result[3]) == ([48], [18])
+        assert_same_training(result, expected)
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "mimo"])
+def test_further_tokens_are_predicted_from_the_positions_before(name, tmp_path):
+    """Those have labels there, whether they have one for the next token or not."""
+    folder, _ = make_checkpoint_with_next_tokens(tmp_path / "model", name)
+    options = (False, 1, False)
+    (expected,) = run_ranks(ParallelLayout(), gradients_of_rows, folder, False, *options)
+    (result,) = run_ranks(ParallelLayout(), gradients_of_rows, folder, True, *options)
+    assert (expected[3], result[3]) == ([48, 48], [18, 18])
+    assert_same_training(result, expected)
+
+
+def assert_same_training(result, expected):
+    losses, correct, gradients, _ = expected
+    torch.testing.assert_close(result[0], losses, rtol=1e-6, atol=1e-6)
+    assert torch.equal(result[1], correct)
+    assert result[2].keys() == gradients.keys()
+    for name, grad in gradients.items():
+        assert (result[2][name] - grad).abs().max() <= 1e-5 * grad.abs().max(), name

@@ -30,6 +30,7 @@ class Batch:
 
     input_ids: torch.Tensor
     labels: torch.Tensor
+    label_positions: torch.Tensor
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor | None
     max_seqlen: int
@@ -70,12 +71,18 @@ def rows(group: Sequence[Document], *, length: int | None = None) -> Batch:
     return Batch(
         input_ids=ids,
         labels=labels,
+        label_positions=positions_of(labels),
         position_ids=torch.arange(width).repeat(len(group), 1),
         cu_seqlens=None,
         max_seqlen=width,
         num_tokens=sum(len(document.input_ids) for document in group),
         sample_ids=tuple(document.number for document in group),
     )
+
+
+def positions_of(labels: torch.Tensor) -> torch.Tensor:
+    """Where there is a label."""
+    return (labels.flatten() != -100).nonzero().squeeze(1)
 
 
 def packed(group: Sequence[Document], *, length: int | None = None) -> Batch:
@@ -92,6 +99,7 @@ def packed(group: Sequence[Document], *, length: int | None = None) -> Batch:
     return Batch(
         input_ids=torch.cat(ids)[None],
         labels=torch.cat(labels)[None],
+        label_positions=positions_of(torch.cat(labels)),
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
         cu_seqlens=torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32),
         max_seqlen=max(lengths),

@@ -45,6 +45,7 @@ def test_tensors_move_and_the_rest_stays():
     batch = to_device(packed(documents(2)), torch.device("meta"))
     assert batch.input_ids.is_meta
     assert batch.labels.is_meta
+    assert batch.label_positions.is_meta
     assert batch.position_ids.is_meta
     assert batch.cu_seqlens.is_meta
     assert (batch.num_tokens, batch.sample_ids) == (13, (0, 1))

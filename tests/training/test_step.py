@@ -1,16 +1,26 @@
 import dataclasses
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from mtrain.config.parallel import ParallelConfig
 from mtrain.parallel import ParallelLayout, ParallelState
-from mtrain.training.step import NonFiniteError, StepResult
+from mtrain.training.step import NonFiniteError, StepResult, _loss_gradient
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
-from tests.training.rig import CONSTANT, Batch, documents, make_rig, mean_loss, packed, rows
+from tests.training.rig import (
+    CONSTANT,
+    Batch,
+    documents,
+    make_rig,
+    mean_loss,
+    packed,
+    positions_of,
+    rows,
+)
 
 ONE = ParallelLayout()
 TWO = ParallelLayout(world_size=2)
@@ -90,6 +100,7 @@ def with_empty(state: ParallelState, folder: Path, where: str) -> tuple[StepResu
     batches = [rows([document]) for document in made]
     empty = rows(made[:1])
     empty.labels.fill_(-100)
+    empty = dataclasses.replace(empty, label_positions=positions_of(empty.labels))
     if where == "micro-batch":
         batches.append(empty)
     elif where == "rank":
@@ -134,8 +145,9 @@ def poisoned_step(state: ParallelState, folder: Path, what: str) -> tuple[str, b
         # Word 7 gets an infinite score in the documents that have it as a label, and so in all.
         weight.data[7] = math.inf
         before = rig.weights()
-    if what == "gradient" and weight is not None:
-        weight.register_hook(lambda grad: grad * math.nan)
+    if what == "gradient":
+        norm = rig.chunks[0].module.decoder.final_layernorm.weight
+        norm.register_hook(lambda grad: grad * math.nan)
     if what == "loss" and state.rank == 0:
         # The gradient of this loss is as finite as before.
         rig.chunks[-1].register_forward_hook(
@@ -173,6 +185,23 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(folder):
         assert "step 17: the gradient norm is not finite" in message
         assert message.endswith("samples of the step: 0, 1, 2, 3, 4, 5, 6, 7")
         assert unchanged
+
+
+def step_with_a_wrong_promise(state: ParallelState, folder: Path, factor: float) -> float:
+    rig = make_rig(state, folder)
+
+    def promised(*arguments):
+        return _loss_gradient(*arguments) * factor
+
+    with mock.patch("mtrain.training.step._loss_gradient", promised):
+        return rig.step([rows([document]) for document in documents()], number=17).grad_norm
+
+
+def test_the_output_layer_is_promised_the_gradient_that_comes(folder):
+    """It adds up its weight's gradient in forward; a promise not kept stops training."""
+    assert run_ranks(ONE, step_with_a_wrong_promise, folder, 1.0)[0] > 0
+    with pytest.raises(AssertionError, match="step 17: the gradient norm is not finite"):
+        run_ranks(ONE, step_with_a_wrong_promise, folder, 1.001)
 
 
 def half_steps(state: ParallelState, folder: Path, dtype: torch.dtype) -> list[StepResult]:
