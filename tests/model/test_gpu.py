@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mtrain.model.head import linear_cross_entropy
 from mtrain.parallel import (
     ParallelLayout,
     destroy_parallel,
@@ -69,3 +70,63 @@ def test_logits_and_gradients_are_near_hugging_face(name, backend, state, tmp_pa
     ours = model.embedding.word_embeddings.weight.grad[:VOCAB].float().flatten()
     theirs = judge.get_input_embeddings().weight.grad.flatten()
     assert F.cosine_similarity(ours, theirs, dim=0) > (0.98 if name in MOE else 0.99)
+
+
+def head_on_gpu(num_tokens, *, vocab_size, hidden_size):
+    """Hidden states, a weight with a main gradient as data parallelism makes it, and labels."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    options = {"generator": generator, "device": "cuda", "dtype": torch.bfloat16}
+    hidden = torch.randn(num_tokens, hidden_size, **options).requires_grad_()
+    weight = (torch.randn(vocab_size, hidden_size, **options) * 0.1).requires_grad_()
+    weight.main_grad = torch.zeros(weight.shape, device="cuda")
+    weight.grad_added_to_main_grad = False
+    labels = torch.randint(0, vocab_size, (num_tokens,), generator=generator, device="cuda")
+    labels[::5] = -100
+    return hidden, weight, labels
+
+
+def train_head(hidden, weight, labels, promised, state, **options):
+    losses, _ = linear_cross_entropy(
+        hidden,
+        weight,
+        labels,
+        vocab_size=weight.shape[0] - 3,
+        tp_group=state.groups.tp,
+        loss_gradient=promised,
+        **options,
+    )
+    (losses.sum() * promised).backward()
+    weight.grad = None
+    return losses.detach()
+
+
+def test_the_head_adds_products_of_bfloat16_to_a_float32_gradient(state):
+    hidden, weight, labels = head_on_gpu(1000, vocab_size=1003, hidden_size=64)
+    labels[labels >= 1000] = 7
+    promised = torch.tensor(0.01, device="cuda")
+    losses = train_head(hidden, weight, labels, promised, state, chunk_bytes=600_000)
+    inputs = [tensor.detach().float().requires_grad_() for tensor in (hidden, weight)]
+    logits = (inputs[0] @ inputs[1].t())[:, :1000]
+    expected = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+    (expected.sum() * promised).backward()
+    torch.testing.assert_close(losses, expected.detach(), rtol=2e-2, atol=2e-2)
+    for ours, theirs in ((hidden.grad, inputs[0].grad), (weight.main_grad, inputs[1].grad)):
+        assert (ours - theirs).abs().max() <= 2e-2 * theirs.abs().max()
+
+
+def test_the_head_neither_waits_for_the_gpu_nor_makes_logits_in_full(state):
+    num_tokens, vocab_size, chunk_bytes = 4096, 100_003, 64 * 2**20
+    made = head_on_gpu(num_tokens, vocab_size=vocab_size, hidden_size=64)
+    promised = torch.tensor(0.01, device="cuda")
+    for _ in range(2):  # kernels are compiled, workspaces allocated
+        train_head(*made, promised, state, chunk_bytes=chunk_bytes)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_head(*made, promised, state, chunk_bytes=chunk_bytes)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # A chunk's logits, their gradient, and little things.
+    assert torch.cuda.max_memory_allocated() - before < 2.5 * chunk_bytes
