@@ -218,6 +218,31 @@ def test_positions_without_a_label_need_not_go_through_the_head(
         assert_same_training(result, expected)
 
 
+def gradients_without_labels(state, folder, sequence_parallel):
+    (model,) = load_model(state, folder, sequence_parallel=sequence_parallel)
+    inputs = packed_inputs([16], VOCAB)
+    inputs["labels"].fill_(-100)
+    losses, correct = model(**inputs, label_positions=torch.empty(0, dtype=torch.int64))
+    losses.sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return losses.detach(), correct, [grad is not None and not grad.any() for grad in gradients]
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=["1", "tp2", "sp2"]
+)
+def test_without_any_label_all_gradients_are_zero(tp_size, sequence_parallel, tmp_path):
+    """T34: not missing, and no rank waits for another."""
+    folder = make_checkpoint(tmp_path, "qwen3")
+    layout = ParallelLayout(world_size=tp_size, tp_size=tp_size)
+    for losses, correct, are_zero in run_ranks(
+        layout, gradients_without_labels, folder, sequence_parallel
+    ):
+        assert torch.equal(losses, torch.zeros(1, 16))
+        assert not correct.any()
+        assert all(are_zero)
+
+
 @pytest.mark.parametrize("name", ["glm4_moe", "mimo"])
 def test_further_tokens_are_predicted_from_the_positions_before(name, tmp_path):
     """Those have labels there, whether they have one for the next token or not."""
