@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -117,24 +118,32 @@ def read_results() -> dict[str, Shown]:
 
 
 def merged(
-    old: dict[str, Shown], files: Iterable[Path], tests: dict[str, Shown]
+    old: dict[str, Shown],
+    files: Iterable[Path],
+    tests: dict[str, Shown],
+    *,
+    leaves_out_failed: bool = False,
 ) -> dict[str, Shown]:
     """Old results with those of files added, without tests that are gone or show something else.
+
+    What failed in one of the files counts as mended if it passed in another.
 
     Args:
         old: From `read_results`.
         files: Written by `pytest --family-results`.
         tests: From `collected`.
+        leaves_out_failed: Takes what passed of a run with failures.
 
     Raises:
         ValueError: A test failed.
     """
-    passed = dict(old)
-    for file in files:
-        results = json.loads(file.read_text("utf-8"))
-        if results["failed"]:
-            raise ValueError(f"{file}: {', '.join(results['failed'])} failed; mend them first")
-        passed |= results["passed"]
+    results = {file: json.loads(file.read_text("utf-8")) for file in files}
+    new = {test: shown for one in results.values() for test, shown in one["passed"].items()}
+    for file, one in results.items():
+        failed = [test for test in one["failed"] if test not in new]
+        if failed and not leaves_out_failed:
+            raise ValueError(f"{file}: {', '.join(failed)} failed; mend them first")
+    passed = old | new
     return {test: passed[test] for test in sorted(passed) if tests.get(test) == passed[test]}
 
 
@@ -198,7 +207,16 @@ def with_table(text: str, table: str) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Merges results files into the checked-in ones and renders the table."""
-    results = merged(read_results(), map(Path, arguments), collected())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", nargs="*", type=Path)
+    parser.add_argument("--leave_out_failed", action="store_true")
+    options = parser.parse_args(arguments)
+    results = merged(
+        read_results(),
+        options.results,
+        collected(),
+        leaves_out_failed=options.leave_out_failed,
+    )
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     DOCUMENT.write_text(with_table(DOCUMENT.read_text("utf-8"), render(results)), encoding="utf-8")
 

@@ -94,6 +94,10 @@ def test_a_run_with_a_failure_is_not_taken(tmp_path):
     file = write(tmp_path / "cpu", {"one": SHOWN}, ["another"])
     with pytest.raises(ValueError, match="another failed; mend them first"):
         merged({}, [file], {"one": SHOWN})
+    again = write(tmp_path / "again", {"another": SHOWN})
+    tests = {"one": SHOWN, "another": SHOWN}
+    assert merged({}, [file, again], tests) == tests
+    assert merged({}, [file], tests, leaves_out_failed=True) == {"one": SHOWN}
 
 
 def test_only_what_passed_is_noted(tmp_path):
