@@ -35,6 +35,7 @@ def check_sft(config: SftConfig, *, world_size: int) -> None:
     refuse_later_features(config)
     _check_base(config)
     _check_tuner(config.tuner)
+    _check_base_stays(config)
     _check_data(config.data, config.template)
     if config.training.train_iters is None and config.training.num_train_epochs is None:
         raise ValueError("give --num_train_epochs or --train_iters")
@@ -46,6 +47,16 @@ def check_sft(config: SftConfig, *, world_size: int) -> None:
     _check_optimizer(config.optimizer, config.parallel)
     _check_batches(config.training, config.parallel, world_size=world_size)
     _check_moe(config.moe, config.parallel, packing=config.data.packing)
+
+
+def _check_base_stays(config: SftConfig) -> None:
+    """An adapter is saved without the model, of which nothing may change then."""
+    rate = config.moe.moe_router_bias_update_rate
+    if rate and config.tuner.tuner_type != "full":
+        raise ValueError(
+            f"--moe_router_bias_update_rate {rate:g}: biases that choose experts belong to the "
+            f"model, which --tuner_type {config.tuner.tuner_type} leaves as it is; use 0"
+        )
 
 
 def _check_optimizer(optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:

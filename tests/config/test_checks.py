@@ -45,6 +45,7 @@ def check(*, world_size: int = 1, **flags: object) -> None:
         {},
         {"train_iters": None, "num_train_epochs": 1},
         {"tuner_type": "lora"},
+        {"moe_router_bias_update_rate": 0.001},
         {"model": None, "mcore_model": "a"},
         {"tuner_type": "lora", "mcore_adapter": "a"},
         {"tuner_type": "lora_llm", "adapters": ("a",), "modules_to_save": ("lm_head",)},
@@ -103,6 +104,10 @@ def test_good_combinations_pass(flags: dict[str, object]) -> None:
         ({"eval_steps": 0}, "--eval_steps 0: must be at least 1"),
         ({"tuner_type": "dora"}, "--tuner_type dora: must be one of full, lora, lora_llm"),
         ({"tuner_type": "lora", "lora_bias": "all"}, "biases are not trained with an adapter"),
+        (
+            {"tuner_type": "lora", "moe_router_bias_update_rate": 0.001},
+            "--moe_router_bias_update_rate 0.001: biases that choose experts belong to the model",
+        ),
         ({"tuner_type": "lora", "lora_dropout": 1.0}, "--lora_dropout 1.0 must be below 1"),
         ({"tuner_type": "lora", "adapters": ("a", "b")}, "--adapters a b: give one; merge the"),
         ({"adapters": ("a",)}, "--adapters a needs --tuner_type lora; to train all weights, merge"),
