@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtrain.bridge.families.decoder import Decoder, decoder_family, read_attention, read_decoder
+from mtrain.bridge.families.mixtral import experts_everywhere
 from mtrain.bridge.families.mlp import Experts
-from mtrain.bridge.families.qwen3_moe import check_topk
 from mtrain.bridge.hf_config import boolean, number, positive_int, rope, sliding_window
 from mtrain.bridge.storage.forms import stacked_experts
 
@@ -51,15 +51,9 @@ def _read(hf_config: Mapping[str, Any]) -> Decoder:
 
 
 def _experts(hf_config: Mapping[str, Any]) -> Experts:
-    num_experts = positive_int(hf_config, "num_local_experts", hf_config.get("num_experts"))
-    topk = positive_int(hf_config, "num_experts_per_tok", hf_config.get("experts_per_token"))
-    check_topk(topk, num_experts, renormalises=True)
-    return Experts(
-        num_experts=num_experts,
-        ffn_hidden_size=positive_int(hf_config, "intermediate_size"),
-        topk=topk,
-        renormalises=True,
-        layers=tuple(range(positive_int(hf_config, "num_hidden_layers"))),
+    return experts_everywhere(
+        hf_config,
+        topk=hf_config.get("experts_per_token"),
         router="mlp.router",
         has_biases=True,
         forms=stacked_experts(

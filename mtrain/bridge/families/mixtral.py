@@ -26,9 +26,19 @@ def _read(hf_config: Mapping[str, Any]) -> Decoder:
     )
 
 
-def _experts(hf_config: Mapping[str, Any]) -> Experts:
+def experts_everywhere(hf_config: Mapping[str, Any], *, topk: int | None, **facts: Any) -> Experts:
+    """Experts in every layer, whose weights sum to one for each token.
+
+    Args:
+        hf_config: The config.
+        topk: Experts of a token where the config does not say.
+        **facts: Other fields of `Experts`.
+
+    Raises:
+        ValueError: A field is missing or asks for something impossible.
+    """
     num_experts = positive_int(hf_config, "num_local_experts", hf_config.get("num_experts"))
-    topk = positive_int(hf_config, "num_experts_per_tok", 2)
+    topk = positive_int(hf_config, "num_experts_per_tok", topk)
     check_topk(topk, num_experts, renormalises=True)
     return Experts(
         num_experts=num_experts,
@@ -36,6 +46,14 @@ def _experts(hf_config: Mapping[str, Any]) -> Experts:
         topk=topk,
         renormalises=True,
         layers=tuple(range(positive_int(hf_config, "num_hidden_layers"))),
+        **facts,
+    )
+
+
+def _experts(hf_config: Mapping[str, Any]) -> Experts:
+    return experts_everywhere(
+        hf_config,
+        topk=2,
         router="block_sparse_moe.gate",
         name="block_sparse_moe.experts.{expert}",
         projections=("w1", "w3", "w2"),
