@@ -30,6 +30,8 @@ class ModelShape:
         num_matmul_weights: Weights that one token is multiplied with: attention, MLP (of a
             mixture the experts that a token is routed to, and the router) and the output layer;
             not the embedding, which is looked up, nor norms.
+        num_head_weights: Those of the output layer, which only labelled tokens go through; once
+            more for each layer of multi-token prediction.
         attention_width: Channels of all heads, the mean of queries and values.
         num_windowed_layers: Those of the layers that have a window.
         window: Tokens that a token of those sees.
@@ -40,6 +42,7 @@ class ModelShape:
     num_attention_layers: int
     num_matmul_weights: int
     attention_width: float
+    num_head_weights: int = 0
     num_windowed_layers: int = 0
     window: int = 0
     is_frozen: bool = False
@@ -77,6 +80,7 @@ class ModelShape:
         return cls(
             num_attention_layers=num_attended + num_next,
             num_matmul_weights=weights,
+            num_head_weights=(1 + num_next) * head,
             attention_width=_attention_width(config),
             num_windowed_layers=sum(windowed) if isinstance(windowed, list) else 0,
             window=config.window_size[0] + 1 if config.window_size else 0,
@@ -84,12 +88,15 @@ class ModelShape:
         )
 
 
-def training_flops(shape: ModelShape, *, num_tokens: float, num_attention_pairs: float) -> float:
+def training_flops(
+    shape: ModelShape, *, num_tokens: float, num_labels: float, num_attention_pairs: float
+) -> float:
     """Operations of forward and backward.
 
     Args:
         shape: The model.
         num_tokens: Real tokens.
+        num_labels: Those with a label.
         num_attention_pairs: (query, key) pairs that causal attention needs: the sum of
             `length * (length + 1) / 2` over the documents.
 
@@ -99,7 +106,10 @@ def training_flops(shape: ModelShape, *, num_tokens: float, num_attention_pairs:
         with a window count at most as many pairs as it has places.
     """
     per_weight = _FLOPS_PER_FROZEN_WEIGHT if shape.is_frozen else _FLOPS_PER_WEIGHT
-    weights = per_weight * shape.num_matmul_weights * num_tokens
+    weights = per_weight * (
+        (shape.num_matmul_weights - shape.num_head_weights) * num_tokens
+        + shape.num_head_weights * num_labels
+    )
     num_full = shape.num_attention_layers - shape.num_windowed_layers
     pairs = num_full * num_attention_pairs
     pairs += shape.num_windowed_layers * min(num_attention_pairs, num_tokens * shape.window)

@@ -218,6 +218,7 @@ class Meter:
         flops = training_flops(
             size.shape,
             num_tokens=totals["tokens"],
+            num_labels=totals["labels"],
             num_attention_pairs=totals["attention_pairs"],
         )
         peak = self._device.peak_flops

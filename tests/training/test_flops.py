@@ -66,21 +66,21 @@ def test_qwen3_0_6b_needs_the_flops_that_its_card_says():
     shape = ModelShape.from_config(config, vocab_size=151936)
     assert shape.num_matmul_weights == pytest.approx(0.44e9 + 151936 * 1024, rel=1e-2)
     pairs = 8192 * 8193 / 2
-    flops = training_flops(shape, num_tokens=8192, num_attention_pairs=pairs)
+    flops = training_flops(shape, num_tokens=8192, num_labels=8192, num_attention_pairs=pairs)
     assert flops == 6 * shape.num_matmul_weights * 8192 + 12 * 28 * 2048 * pairs
 
 
 def test_short_documents_need_less_attention_than_one_long_one():
     shape = ModelShape(num_attention_layers=1, num_matmul_weights=0, attention_width=1)
     # One token attends to itself alone: a product with k and one with v, 3 times 2 operations each.
-    assert training_flops(shape, num_tokens=1, num_attention_pairs=1) == 12
+    assert training_flops(shape, num_tokens=1, num_labels=1, num_attention_pairs=1) == 12
 
 
 def test_frozen_weights_have_no_gradient_of_their_own():
     shape = ModelShape(
         num_attention_layers=1, num_matmul_weights=10, attention_width=1, is_frozen=True
     )
-    assert training_flops(shape, num_tokens=3, num_attention_pairs=0) == 4 * 10 * 3
+    assert training_flops(shape, num_tokens=3, num_labels=3, num_attention_pairs=0) == 4 * 10 * 3
 
 
 def test_a_window_bounds_the_pairs_of_its_layers():
@@ -91,8 +91,17 @@ def test_a_window_bounds_the_pairs_of_its_layers():
         num_windowed_layers=2,
         window=4,
     )
-    assert training_flops(shape, num_tokens=10, num_attention_pairs=55) == 12 * (55 + 2 * 40)
-    assert training_flops(shape, num_tokens=10, num_attention_pairs=20) == 12 * 3 * 20
+    tokens = {"num_tokens": 10, "num_labels": 10}
+    assert training_flops(shape, **tokens, num_attention_pairs=55) == 12 * (55 + 2 * 40)
+    assert training_flops(shape, **tokens, num_attention_pairs=20) == 12 * 3 * 20
+
+
+def test_only_labelled_tokens_go_through_the_head():
+    shape = ModelShape(
+        num_attention_layers=1, num_matmul_weights=10, attention_width=1, num_head_weights=4
+    )
+    flops = training_flops(shape, num_tokens=7, num_labels=2, num_attention_pairs=0)
+    assert flops == 6 * (6 * 7 + 4 * 2)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

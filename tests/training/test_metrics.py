@@ -70,6 +70,7 @@ def measured(
     flops = training_flops(
         shape,
         num_tokens=counts.num_tokens,
+        num_labels=sum(int((unit.labels != -100).sum()) for unit in units),
         num_attention_pairs=counts.num_attention_pairs,
     )
     return records, flops
