@@ -59,7 +59,10 @@ sys.exit(code)
 @pytest.mark.parametrize(
     ("spoil", "messages"),
     [
-        (unsupported_family, ["'qwen3_vl'", "supported: llama, mistral, qwen2, qwen3, qwen3_moe"]),
+        (
+            unsupported_family,
+            ["'qwen3_vl'", "supported: llama, mistral, mixtral, qwen2, qwen2_moe"],
+        ),
         (truncated, ["model.safetensors"]),
         (missing_key, ["model.layers.3.self_attn.k_norm.weight"]),
         (surplus_key, ["model.layers.3.self_attn.k_proj.bias"]),
