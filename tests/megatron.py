@@ -9,8 +9,8 @@ import torch
 from mtrain.bridge.families import find_family
 from mtrain.bridge.load import load_weights
 from mtrain.bridge.plan import weight_table
-from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.rules import WeightTable
+from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.sources import StoredWeights
 from mtrain.bridge.storage.stored_as import StoredAs, stored_as
 from mtrain.bridge.storage.view import arranged

@@ -73,9 +73,7 @@ def copied_names(table: WeightTable, checkpoint: StoredWeights) -> dict[str, str
     return {name: entry.copy_of for name, entry in _carried(table, checkpoint) if entry.copy_of}
 
 
-def _carried(
-    table: WeightTable, checkpoint: StoredWeights
-) -> Iterator[tuple[str, IgnoredKey]]:
+def _carried(table: WeightTable, checkpoint: StoredWeights) -> Iterator[tuple[str, IgnoredKey]]:
     expected = hf_tensors(table)
     for name in checkpoint.tensors:
         entry = _find_ignored(name, table) if name not in expected else None

@@ -24,7 +24,7 @@ class ReplicatedLinear(torch.nn.Module):
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
         """[..., in] -> ([..., out], None), as Megatron-Core's linears."""
-        # As rows: torch multiplies three axes in another way, with other last bits, where the weight
-        # is frozen.
+        # As rows: torch multiplies three axes in another way, with other last bits, where the
+        # weight is frozen.
         rows = F.linear(input_.flatten(0, -2), self.weight)
         return rows.view(*input_.shape[:-1], -1), None

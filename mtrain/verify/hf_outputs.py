@@ -107,9 +107,7 @@ def hf_outputs(
     return outputs
 
 
-def _converted(
-    model: PreTrainedModel, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
+def _converted(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model elsewhere and in another dtype, but for biases that choose experts."""
     kept = [(router, router.e_score_correction_bias) for router in _biased_routers(model)]
     model = model.to(device, dtype)
@@ -187,9 +185,7 @@ def router_margins(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return (best[:, -2] - best[:, -1]) / largest
 
 
-def _margins_in_groups(
-    scores: torch.Tensor, chosen: torch.Tensor, num_groups: int
-) -> torch.Tensor:
+def _margins_in_groups(scores: torch.Tensor, chosen: torch.Tensor, num_groups: int) -> torch.Tensor:
     """As `router_margins`, of the groups that a token's experts are in.
 
     Args:

@@ -178,9 +178,7 @@ def test_a_query_and_a_gate_for_each_head_are_taken_apart(num_shards):
                 num_shards=num_shards,
                 index=index,
             ),
-            apply(
-                Interleaved(2), [queries, gates, key, value], num_shards=num_shards, index=index
-            ),
+            apply(Interleaved(2), [queries, gates, key, value], num_shards=num_shards, index=index),
         )
 
 

@@ -269,9 +269,7 @@ def _check_parameters(
     surplus = [
         key
         for key in stored
-        if key not in used
-        and not key.startswith(left_out)
-        and "_extra_state" not in key
+        if key not in used and not key.startswith(left_out) and "_extra_state" not in key
     ]
     faults = listed("missing", missing) + listed("not part of the model", surplus)
     faults += listed("wrong shape", wrong)

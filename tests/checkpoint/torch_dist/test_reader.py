@@ -87,7 +87,9 @@ def test_what_is_missing_or_too_much_is_named(saved, tmp_path) -> None:
     fewer = weight_table({**config, "num_hidden_layers": 2, "layer_types": None})
     with pytest.raises(ValueError, match=r"wrong shape: |not part of the model: "):
         open_torch_dist(folder, fewer)
-    more = weight_table({**config, "num_hidden_layers": 6, "mlp_only_layers": [], "layer_types": None})
+    more = weight_table(
+        {**config, "num_hidden_layers": 6, "mlp_only_layers": [], "layer_types": None}
+    )
     with pytest.raises(ValueError, match=r"wrong shape: |missing: "):
         open_torch_dist(folder, more)
 
