@@ -36,7 +36,10 @@ def test_a_model_is_a_folder_or_an_id(tmp_path: Path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("model", ["./qwen", "/no/such/qwen", "qwen", "a/b/c", "../a", "a/"])
-def test_a_missing_folder_is_refused(model: str) -> None:
+def test_a_missing_folder_is_refused(model: str, tmp_path: Path, monkeypatch) -> None:
+    # Whatever lies beside the checkout.
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
     with pytest.raises(ValueError, match="no such folder, and not an id"):
         local_model_folder(model)
 
