@@ -198,15 +198,12 @@ class LanguageModel(GPTModel):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Megatron-Core's, but with labels the loss is ours and comes with the accuracy."""
+        """Logits, or with labels a loss of ours and the accuracy."""
+        if not self.post_process:
+            return hidden_states
         if labels is None:
-            kwargs["mtp_in_postprocess"] = False
-            num_next, self.config.mtp_num_layers = self.config.mtp_num_layers, None
-            output = super()._postprocess(
-                hidden_states, input_ids, position_ids, None, *args, **kwargs
-            )
-            self.config.mtp_num_layers = num_next
-            return output
+            logits, _ = self.output_layer(hidden_states, weight=self._tied_weight())
+            return logits.transpose(0, 1).contiguous()
         losses, correct = self._losses(hidden_states, labels)
         if self.mtp_process:
             losses = losses + self._next_token_losses(
@@ -214,13 +211,17 @@ class LanguageModel(GPTModel):
             )
         return losses, correct
 
+    def _tied_weight(self) -> torch.Tensor | None:
+        """The embedding, where the output layer has no weight of its own."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return None
+
     def _losses(
         self, hidden_states: torch.Tensor, targets: LossTargets
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses float32 [batch, seq] of hidden states behind the last norm, and accuracy."""
-        weight = None
-        if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
+        weight = self._tied_weight()
         if type(self.output_layer) is OutputLayer:
             return self.output_layer(hidden_states, weight=weight, targets=targets)
         # With an adapter on it, which adds to the logits.
