@@ -131,16 +131,17 @@ def open_source(
     family = find_family(hf_config)
     mcore_folder = None if model.mcore_model is None else Path(model.mcore_model).expanduser()
     num_next_tokens = model.mtp_num_layers or 0
+    checkpoint = open_checkpoint(folder) if mcore_folder is None else None
     if keeps_all and model.mtp_num_layers is None:
-        num_next_tokens = _stored_next_tokens(family, hf_config, folder, mcore_folder)
+        num_next_tokens = _stored_next_tokens(family, hf_config, checkpoint or mcore_folder)
     table = family.weight_table(hf_config, num_next_tokens)
     layout = parallel_layout(parallel, world_size=world_size)
     for pp_rank in range(layout.pp_size):
         rank = pp_rank * (world_size // layout.pp_size)
         plan_rank(table, layout=layout, rank=rank, backend="torch")
     files: ArrangedWeights | None = None
-    if mcore_folder is None:
-        files = arranged(open_checkpoint(folder), table, blocks=fp8_blocks(hf_config))
+    if checkpoint is not None:
+        files = arranged(checkpoint, table, blocks=fp8_blocks(hf_config))
     weights = files if mcore_folder is None else _open_torch_dist(mcore_folder, table)
     assert weights is not None, "one of the two"
     check_checkpoint(table, weights)
@@ -157,23 +158,29 @@ def open_source(
 
 
 def _stored_next_tokens(
-    family: Family, hf_config: dict[str, Any], folder: Path, mcore_folder: Path | None
+    family: Family, hf_config: dict[str, Any], checkpoint: StoredWeights | Path
 ) -> int:
-    """Layers of multi-token prediction that a checkpoint holds: all of its config, or none."""
+    """Layers of multi-token prediction that a checkpoint holds: all of its config, or none.
+
+    Args:
+        family: Its family.
+        hf_config: Its config.json.
+        checkpoint: Its Hugging Face files, or its torch_dist folder.
+    """
     number = family.num_next_tokens(hf_config)
     if number == 0:
         return 0
     last = f"mtp.layers.{number - 1}.eh_proj.weight"
-    if mcore_folder is not None:
+    if isinstance(checkpoint, Path):
         # Here, not above: they import torch.
         from mtrain.checkpoint.torch_dist.folder import iteration_folder
         from mtrain.checkpoint.torch_dist.metadata import read_metadata
 
-        return number if last in read_metadata(iteration_folder(mcore_folder)) else 0
+        return number if last in read_metadata(iteration_folder(checkpoint)) else 0
     (rule,) = (
         rule for rule in family.weight_table(hf_config, number).rules if rule.megatron == last
     )
-    return number if rule.hf[0].name in open_checkpoint(folder).tensors else 0
+    return number if rule.hf[0].name in checkpoint.tensors else 0
 
 
 def _open_torch_dist(mcore_folder: Path, table: WeightTable) -> StoredWeights:
