@@ -41,7 +41,7 @@ from mtrain.model.delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from mtrain.model.experts import GroupedExperts
 from mtrain.model.latent_attention import LatentSelfAttention
 from mtrain.model.next_tokens import NextTokenLayer
-from mtrain.model.norm import LayerNorm, RMSNorm
+from mtrain.model.norm import RMSNorm, norm_class
 from mtrain.model.residual import NormedResidual
 from mtrain.model.router import BalancedRouter
 from mtrain.platform.device import has_gpu, has_transformer_engine
@@ -51,10 +51,6 @@ class TorchProvider(LocalSpecProvider):
     """Megatron-Core's linears, our norm, attention and experts."""
 
     packed_format = "sbhd"
-
-    def layer_norm(self, rms_norm: bool = True, for_qk: bool = False) -> type:
-        """Norm of layers, of queries and keys, and of the end."""
-        return RMSNorm if rms_norm or for_qk else LayerNorm
 
     def core_attention(self) -> type:
         """Attention between queries, keys and values."""
@@ -71,14 +67,6 @@ class TransformerEngineProvider(TESpecProvider):
     """Transformer Engine's layers with our experts."""
 
     packed_format = "thd"
-
-    def layer_norm(self, rms_norm: bool = True, for_qk: bool = False) -> type:
-        """Norms outside of linears.
-
-        Not Transformer Engine's, which takes four times as long to launch (0.55 against 0.14 ms
-        forward and backward): with two a layer for queries and keys, small models wait for that.
-        """
-        return RMSNorm if rms_norm or for_qk else LayerNorm
 
     def grouped_mlp_modules(
         self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
@@ -166,16 +154,14 @@ def block_spec(
         )
         for number in range(first, first + num_layers)
     ]
-    return TransformerBlockSubmodules(
-        layer_specs=specs, layer_norm=provider.layer_norm(config.normalization == "RMSNorm")
-    )
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm_class(config))
 
 
 def next_tokens_spec(
     config: TransformerConfig, provider: Provider, *, layers: LayerArguments, has_fused_rope: bool
 ) -> ModuleSpec:
     """Spec of the layers of multi-token prediction; arguments as for `block_spec`."""
-    norm = provider.layer_norm(config.normalization == "RMSNorm")
+    norm = norm_class(config)
     layer = ModuleSpec(
         module=NextTokenLayer,
         submodules=MultiTokenPredictionLayerSubmodules(
@@ -230,7 +216,7 @@ def layer_spec(
             rotates; else cosines and sines of every token.
     """
     fuses_norm = provider.fuse_layernorm_and_linear()
-    norm = provider.layer_norm(config.normalization == "RMSNorm")
+    norm = norm_class(config)
     if is_delta_net:
         attention = _delta_net(provider)
     elif config.multi_latent_attention:
@@ -258,7 +244,7 @@ def _attention(
     config: TransformerConfig, provider: Provider, *, has_fused_rope: bool
 ) -> ModuleSpec:
     """Grouped-query attention."""
-    qk_norm = provider.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     return ModuleSpec(
         module=SelfAttention if has_fused_rope else RotarySelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -277,7 +263,7 @@ def _latent_attention(
 ) -> ModuleSpec:
     """Multi-head latent attention. The norms of compressed queries and keys may be fused too."""
     up = _column_linear_with_norm(provider)
-    norm = IdentityOp if provider.fuse_layernorm_and_linear() else provider.layer_norm()
+    norm = IdentityOp if provider.fuse_layernorm_and_linear() else RMSNorm
     return ModuleSpec(
         module=LatentSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal, "is_interleaved": is_interleaved},

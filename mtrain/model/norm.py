@@ -64,5 +64,9 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 def norm_class(config: TransformerConfig) -> type[RMSNorm] | type[LayerNorm]:
-    """The norm that `normalization` of the config names."""
+    """The norm outside of linears that `normalization` of the config names, on both backends.
+
+    Transformer Engine's takes four times as long to launch (0.55 against 0.14 ms forward and
+    backward): with two a layer for queries and keys, small models wait for that.
+    """
     return {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[config.normalization]
