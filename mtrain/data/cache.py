@@ -9,11 +9,9 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import tokenizers
-import transformers
 
 from mtrain import __version__
 
@@ -44,7 +42,8 @@ def content_key(parts: Mapping[str, Any], *, model_dir: Path) -> str:
     """
     everything = {
         **parts,
-        "version": [__version__, transformers.__version__, tokenizers.__version__],
+        # From their metadata: data that is found in the cache needs neither library.
+        "version": [__version__, version("transformers"), version("tokenizers")],
         "code": [_hash_file(path) for path in sorted(Path(__file__).parent.glob("*.py"))],
         "tokenizer": [
             [str(path.relative_to(model_dir)), _hash_model_file(path)]

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from mtrain.data.formats import Conversation
+from mtrain.data.storage import IGNORED
 from mtrain.data.template import ChatTemplate, Rendered, SampleRefused, load_tokenizer
 
 __all__ = [
-    "IGNORED",
     "Drop",
     "EncodeSettings",
     "Encoded",
@@ -26,8 +26,6 @@ __all__ = [
     "encode_chunk",
     "longest_position",
 ]
-
-IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

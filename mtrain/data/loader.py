@@ -13,10 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mtrain.data.encode import IGNORED
 from mtrain.data.packing import Units, plan_packs, plan_singles
 from mtrain.data.prefetch import map_ahead
-from mtrain.data.storage import Sample, TokenizedDataset
+from mtrain.data.storage import IGNORED, Sample, TokenizedDataset
 
 __all__ = ["BatchLayout", "BatchPlan", "PackedBatch", "Position", "collate", "load_steps"]
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mtrain.data.encode import IGNORED, Drop, Encoded, Why
+from mtrain.data.encode import Drop, Encoded, Why
+from mtrain.data.storage import IGNORED
 
 __all__ = ["PreparationReport", "SplitReport", "Tally"]
 

@@ -6,19 +6,22 @@ end-of-turn token. Each such span is located in the final rendering of the whole
 must be proven (see `ChatTemplate._turn_start` and `_turn_end`); otherwise the sample is refused.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from mtrain.data.formats import Conversation, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["ChatTemplate", "Rendered", "SampleRefused", "load_tokenizer"]
 
@@ -50,6 +53,9 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: The folder has no tokenizer with character offsets (tokenizer.json).
     """
+    # Here, not above: data that is found in the cache needs no tokenizer.
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model_dir, trust_remote_code=False, local_files_only=True
@@ -236,6 +242,9 @@ class ChatTemplate:
         self, messages: list[Message], tools: Sequence[dict]
     ) -> tuple[str, list[tuple[int, int]]]:
         """Spans of a template that says itself what the assistant generates."""
+        # As above.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         with _refusing_bad_messages():
             texts, spans = render_jinja_template(
                 conversations=[messages],

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from mtrain.data.encode import (
-    IGNORED,
     Drop,
     Encoder,
     EncodeSettings,
@@ -15,6 +14,7 @@ from mtrain.data.encode import (
 )
 from mtrain.data.formats import Conversation
 from mtrain.data.rows import Place
+from mtrain.data.storage import IGNORED
 from tests.data.test_template import chat
 from tests.data.tiny_tokenizer import CHATML, INSTRUCT, save_tokenizer
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mtrain.data import loader
-from mtrain.data.encode import IGNORED, Encoded
+from mtrain.data.encode import Encoded
 from mtrain.data.loader import BatchLayout, BatchPlan, Position, collate, load_steps
-from mtrain.data.storage import TokenizedDataset, write_samples
+from mtrain.data.storage import IGNORED, TokenizedDataset, write_samples
 
 # Each sample's tokens tell whose they are, so that a mix-up shows.
 NUM_SAMPLES = 37

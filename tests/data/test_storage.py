@@ -31,6 +31,18 @@ def test_what_is_written_is_read_across_chunks(tmp_path):
         assert dataset.place(index) == sample.place
 
 
+def test_the_file_is_one_of_hugging_face_datasets(tmp_path):
+    import datasets
+
+    samples = make_samples(np.random.default_rng(0), 4)
+    write_samples(tmp_path / "d", [samples[:3], samples[3:]])
+    dataset = datasets.Dataset.from_file(str(tmp_path / "d" / "data.arrow"))
+    ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int32")
+    place = datasets.Value("string")
+    assert dataset.features == {"input_ids": ids, "labels": ids, "length": number, "place": place}
+    assert dataset["labels"][3] == samples[3].labels.tolist()
+
+
 def test_reading_does_not_copy(tmp_path):
     write_samples(tmp_path / "d", [make_samples(np.random.default_rng(0), 4)])
     ids = TokenizedDataset(tmp_path / "d")[2].input_ids
