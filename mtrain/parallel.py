@@ -8,6 +8,7 @@ that agree with a layout and returns one frozen `ParallelState`.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -219,15 +220,22 @@ def initialize_world(
         store = dist.FileStore(str(store_file), size)
     elif size == 1:
         store = dist.HashStore()
-    dist.init_process_group(
-        collective_backend(device),
-        store=store,
-        init_method="env://" if store is None else None,
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if device.type == "cuda" else None,
-    )
+    try:
+        dist.init_process_group(
+            collective_backend(device),
+            store=store,
+            init_method="env://" if store is None else None,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        place = " ".join(
+            f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT")
+        )
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(f"{place}: rank {rank} does not meet the others: {reason}") from error
     return World(
         size=size,
         rank=rank,

@@ -3,7 +3,7 @@
 The one thing to know: `megatron` and `sft` fork a process that has imported everything already
 (`tests/warm_start.py`), `megatron_afresh` starts what a user starts, which takes ten seconds longer
 on two ranks. Afresh is for what depends on the start: what is said meanwhile, the environment that
-imports read, how torchrun begins and ends.
+imports read, how ranks begin and end.
 """
 
 import json

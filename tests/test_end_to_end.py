@@ -5,6 +5,7 @@ layout has to repeat.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,12 @@ LOGGED = {
     *("padded_tokens_per_second_per_gpu", "seconds_per_step", "data_share", "padding_ratio"),
     *("eta_seconds", "skipped_steps"),
 }
+# In the order of the line on the console.
+START_PHASES = [
+    f"start_{phase}_seconds"
+    for phase in ("checks", "data", "imports", "ranks", "model", "weights", "optimizer")
+]
+START_PHASES.append("start_first_step_seconds")
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +100,19 @@ def test_a_run_leaves_its_checkpoints_log_and_settings(trained) -> None:
 def test_the_console_says_what_happens_and_nothing_else(trained) -> None:
     """Warnings of libraries about what they lack are not for users."""
     _, done = trained
-    starts = ("train data: ", "val data: ", "Qwen3: ", "train ", "eval ", "saved ")
+    starts = ("train data: ", "val data: ", "Qwen3: ", "first step ", "train ", "eval ", "saved ")
     assert [line for line in done.stderr.splitlines() if not line.startswith(starts)] == []
+
+
+def test_the_phases_of_the_start_are_told_once_and_sum_up(trained) -> None:
+    folder, done = trained
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("first step after"))
+    total, *told = map(float, re.findall(r"\d+\.\d", line))
+    first = read_log(folder)[0]
+    seconds = [first[name] for name in START_PHASES]
+    assert told == [round(value, 1) for value in seconds]
+    assert sum(seconds) == pytest.approx(first["seconds_to_first_step"], abs=1e-6)
+    assert total == round(first["seconds_to_first_step"], 1) < done.seconds
 
 
 def test_log_lines_have_all_logged(trained) -> None:
@@ -102,7 +120,8 @@ def test_log_lines_have_all_logged(trained) -> None:
     log = read_log(folder)
     train = [line for line in log if "loss" in line]
     assert [line["step"] for line in train] == [1, 2, 4, 6, 8, 10]
-    assert all(line.keys() == LOGGED for line in train)
+    assert all(line.keys() == LOGGED for line in train[1:])
+    assert train[0].keys() == LOGGED | {"seconds_to_first_step", *START_PHASES}
     assert [line["step"] for line in log if "eval_loss" in line] == [5, 10]
     assert train[-1]["loss"] < 0.8 * train[0]["loss"]
 

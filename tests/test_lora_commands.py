@@ -75,7 +75,7 @@ def test_a_run_saves_adapters_and_says_what_it_trains(trained, machine) -> None:
     assert said in done.stderr
     losses = logged(folder, "loss")
     assert losses[-1] < losses[0] - 0.1
-    starts = ("train data: ", "val data: ", "Qwen3: ", "train ", "eval ", "saved ")
+    starts = ("train data: ", "val data: ", "Qwen3: ", "first step ", "train ", "eval ", "saved ")
     assert [line for line in done.stderr.splitlines() if not line.startswith(starts)] == []
 
 

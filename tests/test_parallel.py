@@ -1,9 +1,10 @@
+import socket
 import time
 
 import pytest
 import torch
 
-from mtrain.parallel import Coordinates, ParallelLayout
+from mtrain.parallel import Coordinates, ParallelLayout, initialize_world
 from tests.ranks import run_ranks
 
 LAYOUTS = [
@@ -72,3 +73,14 @@ def test_the_pool_shows_the_first_real_traceback_soon():
     with pytest.raises(AssertionError, match="the real reason"):
         run_ranks(ParallelLayout(world_size=2), one_rank_fails_while_the_other_waits)
     assert time.monotonic() - start < 20
+
+
+def test_ranks_that_do_not_meet_are_told_where(monkeypatch):
+    with socket.socket() as nobody_listens:
+        nobody_listens.bind(("127.0.0.1", 0))
+        port = str(nobody_listens.getsockname()[1])
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", port)
+        message = f"MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: rank 1 does not meet the others"
+        with pytest.raises(RuntimeError, match=f"^{message}: "):
+            initialize_world(size=2, rank=1, timeout_seconds=1)

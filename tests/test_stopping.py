@@ -1,6 +1,7 @@
 """T30 with the command itself: SIGTERM while the data is prepared, SIGUSR1 while ranks train."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,17 +44,24 @@ def stop_when(
             process.kill()
 
 
-def test_data_that_is_being_prepared_is_not_left_behind(machine: Machine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_data_that_is_being_prepared_is_not_left_behind(
+    machine: Machine, tmp_path: Path, num_ranks: int
+) -> None:
+    """Two ranks import and wait meanwhile."""
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     (tmp_path / "data.jsonl").write_text(f"{json.dumps(row)}\n" * 50_000)
     cache = machine.home / ".cache" / "mtrain" / "prepared"
+    shutil.rmtree(cache, ignore_errors=True)
 
     def is_preparing() -> bool:
         return any(cache.glob("*.partial/train"))
 
     words = ("--model", str(machine.model), "--dataset", str(tmp_path / "data.jsonl"))
     output = ("--train_iters", "1", "--output_dir", str(tmp_path / "out"))
-    code, stderr = stop_when(is_preparing, signal.SIGTERM, machine, *words, *output, num_ranks=1)
+    code, stderr = stop_when(
+        is_preparing, signal.SIGTERM, machine, *words, *output, num_ranks=num_ranks
+    )
     assert code == 143
     assert stderr.splitlines()[-1] == (
         "megatron sft: ended by SIGTERM outside training; nothing was lost"

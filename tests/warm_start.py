@@ -1,7 +1,7 @@
 """`megatron` without the wait: in forks of the process that has imported everything already.
 
-`run_warm` does what a shell and torchrun do for a user: processes of their own for the command and
-for each of its ranks, with the environment and the rendezvous that torchrun gives them. Only the
+`run_warm` does what a shell and the launcher do for a user: processes of their own for the command
+and for each of its ranks, with the environment that ranks get, and a rendezvous. Only the
 imports are inherited (`tests/ranks.py`); they take several times as long as a tiny run. How ranks
 are really started is for the commands that `tests/machine.py` starts afresh.
 """
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch.distributed import TCPStore
 
 import tests.ranks  # noqa: F401  says what the fork server imports
 from mtrain.cli.launch import Launch
+from mtrain.platform.node_notes import NodeNotes
 
 ROOT = Path(__file__).parents[1]
 _FORK_SERVER = multiprocessing.get_context("forkserver")
@@ -38,7 +39,7 @@ class Kill:
     Attributes:
         rank: Which one.
         seconds: When.
-        signum: The signal; after SIGKILL torchrun ends the other ranks.
+        signum: The signal; after SIGKILL the other ranks are ended.
     """
 
     rank: int
@@ -68,10 +69,10 @@ def run_warm(
         if (folder / "launch").exists():
             num_ranks, rank_words = json.loads((folder / "launch").read_text())
             assert rank_words[:2] == ["-m", "mtrain.cli.main"], rank_words
-            # The one that torchrun keeps for its ranks.
+            # Kept here, as a torchrun does, so that no port has to be found.
             store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             places = [
-                {**environ, **_torchrun_variables(rank, num_ranks, store.port, folder)}
+                {**environ, **_rank_variables(rank, num_ranks, store.port, folder)}
                 for rank in range(num_ranks)
             ]
             jobs = [(rank_words[2:], place, folder) for place in places]
@@ -79,7 +80,7 @@ def run_warm(
         return code, (folder / "stderr").read_text()
 
 
-def _torchrun_variables(rank: int, num_ranks: int, port: int, folder: Path) -> dict[str, str]:
+def _rank_variables(rank: int, num_ranks: int, port: int, folder: Path) -> dict[str, str]:
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -134,7 +135,10 @@ def _signal(process: Any, signum: int) -> None:
 def _run(words: list[str], environ: dict[str, str], folder: Path) -> None:
     from mtrain.cli import main
 
-    def launch_ranks(launch: Launch, words: Sequence[str]) -> int:
+    def launch_ranks(
+        launch: Launch, words: Sequence[str], prepare: Callable[[], str | None]
+    ) -> int:
+        NodeNotes(folder).note_prepared(prepare() or "")
         (folder / "launch").write_text(json.dumps([launch.nproc_per_node, list(words)]))
         return 0
 

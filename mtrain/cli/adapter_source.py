@@ -26,7 +26,7 @@ class AdapterSource:
     Attributes:
         lora: What it consists of.
         stored: The files that its values come from; None for values made at the start.
-        fingerprint: Of the model that it belongs to.
+        fingerprint: Of the model that it belongs to; empty where nobody needs it.
     """
 
     lora: LoraPlan
@@ -48,12 +48,15 @@ class AdapterSource:
         return tuple(sorted(found))
 
 
-def open_adapter(config: SftConfig | ExportConfig, source: ModelSource) -> AdapterSource | None:
+def open_adapter(
+    config: SftConfig | ExportConfig, source: ModelSource, *, is_check: bool = False
+) -> AdapterSource | None:
     """Plans the adapter of a run; None when all weights are trained.
 
     Args:
         config: The configuration.
         source: The model.
+        is_check: Whether errors are all that is asked for; nothing will be saved then.
 
     Raises:
         ValueError: With the reason, in one line.
@@ -74,7 +77,7 @@ def open_adapter(config: SftConfig | ExportConfig, source: ModelSource) -> Adapt
         layout = tuner.lora_export_layout
         adapter_config(lora, source.table, base=None, layout=layout, dropout=0.0)
     # Last, because reading weights imports torch, which takes longer than all checks.
-    own = source.fingerprint()
+    own = "" if is_check and stored is None else source.fingerprint()
     if stored is not None:
         check_base_model(stored.folder, own, named=stored.base)
     return AdapterSource(lora=lora, stored=stored, fingerprint=own)

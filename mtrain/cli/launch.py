@@ -5,19 +5,23 @@ The one thing to know: this is the only reader of the environment variables of l
 (this process has to start the ranks) or a `Placement` (this process is a rank, maybe the only one).
 """
 
-import logging
+import contextlib
+import dataclasses
 import os
 import re
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from mtrain.cli.rank_processes import EndRanks, RankProcesses, end_on_hangup
 from mtrain.cli.rank_signals import RankSignals
+from mtrain.cli.start_clock import process_began
 from mtrain.platform.node_notes import NodeNotes
 from mtrain.platform.signals import signal_exit_code, signal_of_exit_code
 
@@ -26,14 +30,18 @@ __all__ = [
     "Placement",
     "join_ranks",
     "launch_ranks",
+    "launcher_began",
     "rank_exit_code",
     "read_environment",
+    "wait_until_prepared",
 ]
 
 # Set by `launch_ranks` for the ranks it starts: a folder that lives as long as the run.
 _RUN_FOLDER = "MTRAIN_RUN_FOLDER"
+# Likewise: when the command began.
+_BEGAN = "MTRAIN_BEGAN"
 _DEFAULT_PORT = 29500
-_SECONDS_TO_END = 10
+_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +71,8 @@ class Placement:
         rank: Global rank.
         local_rank: Rank on this node.
         world_size: Ranks on all nodes.
-        is_prepared: Whether the process that started the ranks has checked and prepared the input.
+        is_prepared: Whether the process that started the ranks checks and prepares the input.
+        data_key: What the prepared data are called in the cache; None: found by their contents.
         failure_folder: Folder that all ranks of this node share, to agree on who failed first.
     """
 
@@ -71,6 +80,7 @@ class Placement:
     local_rank: int = 0
     world_size: int = 1
     is_prepared: bool = False
+    data_key: str | None = None
     failure_folder: Path | None = None
 
 
@@ -117,88 +127,145 @@ def join_ranks(placement: Placement) -> None:
     )
 
 
-def launch_ranks(launch: Launch, words: Sequence[str]) -> int:
-    """Runs torchrun in this process until all ranks of this node have ended.
+def launch_ranks(launch: Launch, words: Sequence[str], prepare: Callable[[], str | None]) -> int:
+    """Starts the ranks of this node, prepares their data meanwhile, and waits for their end.
 
     When one fails the others are ended. The ranks report their errors themselves
-    (`mtrain.cli.errors`), so torchrun's own report is not shown. SIGTERM and SIGUSR1 are for the
-    ranks (`mtrain.cli.rank_signals`).
+    (`mtrain.cli.errors`). SIGTERM and SIGUSR1 are for the ranks (`mtrain.cli.rank_signals`).
 
     Args:
         launch: What to start.
-        words: What each rank runs, as after `torchrun` (`-m module arguments...`).
+        words: What each rank runs, as after `python` (`-m module arguments...`).
+        prepare: Called while the ranks import what they need; they wait for its answer, which
+            `wait_until_prepared` gives them. When it raises, they are ended.
 
     Returns:
         Exit code: 0, or that of the first rank that failed, or 128 + number if a signal ended them.
 
     Raises:
         EndedBySignal: A signal ended them that saved nothing for it.
-        ValueError: The nodes cannot meet at MASTER_ADDR and MASTER_PORT.
+        ValueError: The ranks cannot meet at MASTER_PORT.
     """
-    from torch.distributed import DistError
-
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // launch.nproc_per_node)))
-    address = launch.master_addr or "127.0.0.1"
-    port = launch.master_port or _free_port()
-    options = [
-        f"--nnodes={launch.num_nodes}",
-        f"--node-rank={launch.node_rank}",
-        f"--nproc-per-node={launch.nproc_per_node}",
-        f"--master-addr={address}",
-        f"--master-port={port}",
-    ]
-    with tempfile.TemporaryDirectory(prefix="mtrain-", ignore_cleanup_errors=True) as folder:
-        os.environ[_RUN_FOLDER] = folder
-        try:
-            return _run_torchrun([*options, *words], NodeNotes(Path(folder)))
-        except DistError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"MASTER_ADDR={address} MASTER_PORT={port}: {reason}") from error
-        finally:
-            del os.environ[_RUN_FOLDER]
+    with (
+        _meeting_port(launch) as port,
+        tempfile.TemporaryDirectory(prefix="mtrain-", ignore_cleanup_errors=True) as folder,
+    ):
+        notes = NodeNotes(Path(folder))
+        notes.note_preparing()
+        environs = _rank_environs(launch, port=port, folder=folder)
+        with RankProcesses(words, environs) as ranks, end_on_hangup():
+            return _run_ranks(ranks, notes, prepare, first_rank=_first_rank(launch))
 
 
-def _run_torchrun(words: Sequence[str], notes: NodeNotes) -> int:
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    _silence_torchrun()
-    args = run.parse_args(words)
-    # As attributes, because older torchruns do not have the options.
-    args.shutdown_timeout = _SECONDS_TO_END
-    # The others are ours. torchrun's way to handle SIGTERM is to end the ranks.
-    args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+def _run_ranks(
+    ranks: RankProcesses,
+    notes: NodeNotes,
+    prepare: Callable[[], str | None],
+    *,
+    first_rank: int,
+) -> int:
     signals = RankSignals(notes, end_ranks=_end_ranks)
     try:
+        notes.note_prepared(prepare() or "")
+        if notes.prepared() is None:
+            raise RuntimeError(f"cannot write to {notes.path}, which the ranks share")
         with signals:
-            run.run(args)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        return _exit_code(rank, failure.exitcode)
-    except SignalException as error:
+            failure = ranks.first_failure()
+    except EndRanks as error:
+        ranks.end(error.signum)
         if signals.ended_by is not None:
             raise signals.ended_by from None
-        return 128 + error.sigval
+        return 128 + error.signum
+    except KeyboardInterrupt:
+        ranks.end(signal.SIGINT)
+        raise
+    if failure is not None:
+        place, code = failure
+        ranks.end(signal.SIGTERM)
+        return _exit_code(first_rank + place, code)
     stopped_by = notes.stopped_by()
     return signal_exit_code(stopped_by) if stopped_by else 0
 
 
-def _end_ranks(signum: int) -> NoReturn:
-    """Makes torchrun, which runs in this thread, pass on a signal and kill who does not end."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+def wait_until_prepared(placement: Placement) -> Placement:
+    """Waits, on a rank of `launch_ranks`, for what the launcher prepares.
 
-    sigval = signal.Signals(signum)
-    raise SignalException(f"the ranks are ended by {sigval.name}", sigval=sigval)
+    Returns:
+        The rank, with the name of the data.
+
+    Raises:
+        RuntimeError: The launcher is gone.
+    """
+    notes = NodeNotes(placement.failure_folder)
+    while (key := notes.prepared()) is None:
+        if not notes.is_preparing():
+            raise RuntimeError("the process that started the ranks is gone")
+        time.sleep(_POLL_SECONDS)
+    return dataclasses.replace(placement, data_key=key or None)
+
+
+def launcher_began() -> float | None:
+    """When `launch_ranks` of another process began, by the monotonic clock; None without one."""
+    text = os.environ.get(_BEGAN)
+    return None if text is None else float(text)
+
+
+def _rank_environs(launch: Launch, *, port: int, folder: str) -> list[dict[str, str]]:
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    threads = str(max(1, cores // launch.nproc_per_node))
+    return [
+        {
+            "OMP_NUM_THREADS": threads,
+            **os.environ,
+            "RANK": str(_first_rank(launch) + local_rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(launch.world_size),
+            "LOCAL_WORLD_SIZE": str(launch.nproc_per_node),
+            "MASTER_ADDR": launch.master_addr or "127.0.0.1",
+            "MASTER_PORT": str(port),
+            _RUN_FOLDER: folder,
+            _BEGAN: str(process_began()),
+        }
+        for local_rank in range(launch.nproc_per_node)
+    ]
+
+
+def _first_rank(launch: Launch) -> int:
+    return launch.node_rank * launch.nproc_per_node
+
+
+@contextlib.contextmanager
+def _meeting_port(launch: Launch) -> Iterator[int]:
+    """The port that rank 0 will listen at, kept free for it where it is on this node.
+
+    Raises:
+        ValueError: It is in use.
+    """
+    if launch.node_rank > 0:
+        assert launch.master_port is not None, "several nodes have one"
+        yield launch.master_port
+        return
+    with socket.socket() as kept:
+        # Rank 0, which sets the same, may listen there; nobody else is given the port.
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            kept.bind(("", launch.master_port or 0))
+        except OSError as error:
+            raise ValueError(f"MASTER_PORT={launch.master_port}: {error.strerror}") from error
+        yield kept.getsockname()[1]
+
+
+def _end_ranks(signum: int) -> NoReturn:
+    """Leaves the wait for the ranks, which get the signal."""
+    raise EndRanks(signum)
 
 
 def rank_exit_code(placement: Placement, code: int) -> int:
     """What a rank ends with.
 
-    For torchrun every code but 0 is a failure, for which it ends the other ranks. So a rank of
-    `launch_ranks` that saved and ended because of a signal leaves a note, which becomes the exit
-    code of the run.
+    For whoever starts ranks every code but 0 is a failure, for which the other ranks are ended. So
+    a rank of `launch_ranks` that saved and ended because of a signal leaves a note, which becomes
+    the exit code of the run.
     """
     signum = signal_of_exit_code(code)
     if not signum or not placement.is_prepared:
@@ -215,18 +282,6 @@ def _exit_code(rank: int, code: int) -> int:
     hint = " (out of memory?)" if name == "SIGKILL" else ""
     sys.stderr.write(f"megatron: rank {rank} was ended by {name}{hint}\n")
     return 128 - code
-
-
-def _silence_torchrun() -> None:
-    for name in tuple(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _read_launch(environ: Mapping[str, str]) -> Launch:

@@ -5,7 +5,7 @@ The one thing to know: everything here runs after the checks and the preparation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -57,6 +57,7 @@ def load_model(
     backend: Backend,
     training: TrainingConfig,
     dtype: torch.dtype,
+    built: Callable[[], None] | None = None,
 ) -> list[LanguageModel]:
     """Builds the chunks of this rank and fills them from the checkpoint.
 
@@ -67,6 +68,7 @@ def load_model(
         backend: Backend of the layers.
         training: What is recomputed.
         dtype: Dtype of weights and activations.
+        built: Called when they are built and not filled yet.
     """
     described = source.family.megatron_config(source.hf_config, source.num_next_tokens)
     model_config = transformer_config(
@@ -80,6 +82,8 @@ def load_model(
         backend=backend,
     )
     chunks = build_model(described, model_config, state, backend=backend)
+    if built is not None:
+        built()
     load_weights(
         chunks,
         source.weights,

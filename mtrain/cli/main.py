@@ -5,11 +5,12 @@ and mistakes answer at once. `mtrain.cli.sft` is where training itself is writte
 `mtrain.cli.export` the other command that runs on ranks.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from mtrain import __version__
 from mtrain.cli.errors import (
@@ -25,10 +26,13 @@ from mtrain.cli.launch import (
     Placement,
     join_ranks,
     launch_ranks,
+    launcher_began,
     rank_exit_code,
     read_environment,
+    wait_until_prepared,
 )
 from mtrain.cli.parser import format_help, parse_config
+from mtrain.cli.start_clock import StartClock
 from mtrain.config.checks import check_export, check_sft
 from mtrain.config.model_checks import check_model_folder
 from mtrain.config.path_checks import (
@@ -43,7 +47,11 @@ from mtrain.config.path_checks import (
 from mtrain.config.resume import resolve_resumed
 from mtrain.config.run import ExportConfig, SftConfig, resolve_export
 from mtrain.config.saved_arguments import fill_base
+from mtrain.data.without_torch import hide_torch
 from mtrain.platform.signals import EndedBySignal, end_on_signals
+
+if TYPE_CHECKING:
+    from mtrain.cli.model_source import ModelSource
 
 __all__ = ["main"]
 
@@ -103,8 +111,9 @@ class _Command(Generic[C]):
         read: Words and number of ranks -> resolved and checked configuration.
         check_output: Checks the output folder; once for all ranks.
         pin: Replaces in the words what one process finds out for all; with the reading function.
-        prepare: What happens before the ranks start.
-        run: What happens on each rank.
+        check_inputs: Checks what is read, before anything is started.
+        prepare: Prepares what was checked, for all ranks of this machine; what that is called.
+        load_run: Imports what happens on each rank.
     """
 
     name: str
@@ -112,49 +121,71 @@ class _Command(Generic[C]):
     read: Callable[[list[str], int], C]
     check_output: Callable[[C], None]
     pin: Callable[..., list[str]]
-    prepare: Callable[..., None]
-    run: Callable[[C, Placement], int]
+    check_inputs: Callable[..., "ModelSource"]
+    prepare: Callable[..., str | None]
+    load_run: Callable[[], Callable[[C, Placement, StartClock], int]]
 
     def __call__(self, words: list[str]) -> int:
         """Runs the command, or starts the ranks that do."""
         if _HELP_WORDS & set(words):
             print(format_help(self.config, usage=f"megatron {self.name} [--flag value ...]"))
             return 0
+        clock = StartClock(launcher_began())
         here = read_environment()
         if isinstance(here, Placement) and here.world_size > 1:
-            return self._on_rank(words, here)
+            return self._on_rank(words, here, clock)
         words = self.pin(words, lambda pinned: self.read(pinned, here.world_size))
         config = self.read(words, here.world_size)
         self.check_output(config)
-        self.prepare(config, world_size=here.world_size, show_progress=True)
+        source = self.check_inputs(config, world_size=here.world_size, show_progress=True)
+        prepare = functools.partial(self.prepare, config, source, show_progress=True)
         if isinstance(here, Launch):
-            return launch_ranks(here, ["-m", "mtrain.cli.main", self.name, *words])
-        return self.run(config, here)
+            hide_torch()
+            return launch_ranks(here, ["-m", "mtrain.cli.main", self.name, *words], prepare)
+        clock.end_phase("checks")
+        here = dataclasses.replace(here, data_key=prepare())
+        clock.end_phase("data")
+        run = self.load_run()
+        clock.end_phase("imports")
+        return run(config, here, clock)
 
-    def _on_rank(self, words: list[str], here: Placement) -> int:
+    def _on_rank(self, words: list[str], here: Placement, clock: StartClock) -> int:
         """One of several ranks; uncaught errors are reported once a node and end the process."""
         report = functools.partial(
             end_failed_rank, command=self.name, rank=here.rank, failure_folder=here.failure_folder
         )
         sys.excepthook = lambda _kind, error, _trace: report(error)
         try:
-            if not here.is_prepared:
-                words = self.pin(
-                    words,
-                    lambda pinned: self.read(pinned, here.world_size),
-                    show=here.local_rank == 0,
-                )
-            config = self.read(words, here.world_size)
-            if here.rank == 0 and not here.is_prepared:
-                self.check_output(config)
-            join_ranks(here)
-            if not here.is_prepared:
-                show_progress = here.local_rank == 0
-                self.prepare(config, world_size=here.world_size, show_progress=show_progress)
-            return rank_exit_code(here, self.run(config, here))
+            if here.is_prepared:
+                config = self.read(words, here.world_size)
+                run = self.load_run()
+                clock.end_phase("imports")
+                here = wait_until_prepared(here)
+                clock.end_phase("data")
+            else:
+                config, here = self._prepare_on_rank(words, here, clock)
+                run = self.load_run()
+                clock.end_phase("imports")
+            return rank_exit_code(here, run(config, here, clock))
         except (EndedBySignal, KeyboardInterrupt, ValueError, RuntimeError) as error:
             # Not for `main`: a rank that failed must not wait for the others when it ends.
             report(error)
+
+    def _prepare_on_rank(
+        self, words: list[str], here: Placement, clock: StartClock
+    ) -> tuple[C, Placement]:
+        """What a launcher of ours does before, where somebody else started the ranks."""
+        show = here.local_rank == 0
+        words = self.pin(words, lambda pinned: self.read(pinned, here.world_size), show=show)
+        config = self.read(words, here.world_size)
+        if here.rank == 0:
+            self.check_output(config)
+        join_ranks(here)
+        source = self.check_inputs(config, world_size=here.world_size, show_progress=show)
+        clock.end_phase("checks")
+        here = dataclasses.replace(here, data_key=self.prepare(config, source, show_progress=show))
+        clock.end_phase("data")
+        return config, here
 
 
 def _find_command(name: str) -> Callable[[list[str]], int]:
@@ -190,16 +221,20 @@ def _check_model(config: SftConfig | ExportConfig) -> None:
 
 
 # Each imports what it needs when it is called: none of it is needed to find a mistake.
-def _prepare_sft(config: SftConfig, *, world_size: int, show_progress: bool) -> None:
-    from mtrain.cli.preparation import prepare
+def _check_inputs(config: SftConfig | ExportConfig, **options: Any) -> "ModelSource":
+    from mtrain.cli.preparation import check_inputs
 
-    prepare(config, world_size=world_size, show_progress=show_progress)
+    return check_inputs(config, **options)
 
 
-def _prepare_export(config: ExportConfig, *, world_size: int, show_progress: bool) -> None:
-    from mtrain.cli.preparation import prepare_export
+def _prepare_data(config: SftConfig, source: "ModelSource", *, show_progress: bool) -> str:
+    from mtrain.cli.preparation import prepare_data
 
-    prepare_export(config, world_size=world_size, show_progress=show_progress)
+    return prepare_data(config, source, show_progress=show_progress)
+
+
+def _prepare_nothing(*_: object, **__: object) -> None:
+    return None
 
 
 def _pin_sft(
@@ -214,16 +249,16 @@ def _pin_nothing(words: list[str], *_: object, **__: object) -> list[str]:
     return words
 
 
-def _run_sft(config: SftConfig, here: Placement) -> int:
+def _load_sft() -> Callable[[SftConfig, Placement, StartClock], int]:
     from mtrain.cli.sft import run
 
-    return run(config, here)
+    return run
 
 
-def _run_export(config: ExportConfig, here: Placement) -> int:
+def _load_export() -> Callable[[ExportConfig, Placement, StartClock], int]:
     from mtrain.cli.export import run
 
-    return run(config, here)
+    return lambda config, here, _clock: run(config, here)
 
 
 _SFT = _Command(
@@ -232,8 +267,9 @@ _SFT = _Command(
     read=_read_sft,
     check_output=check_run_dir,
     pin=_pin_sft,
-    prepare=_prepare_sft,
-    run=_run_sft,
+    check_inputs=_check_inputs,
+    prepare=_prepare_data,
+    load_run=_load_sft,
 )
 _EXPORT = _Command(
     name="export",
@@ -241,8 +277,9 @@ _EXPORT = _Command(
     read=_read_export,
     check_output=check_export_dir,
     pin=_pin_nothing,
-    prepare=_prepare_export,
-    run=_run_export,
+    check_inputs=_check_inputs,
+    prepare=_prepare_nothing,
+    load_run=_load_export,
 )
 
 

@@ -1,9 +1,9 @@
-"""What happens before the ranks exist: the model is found and checked, the data prepared.
+"""What happens before the ranks train: the model is found and checked, the data prepared.
 
 The one thing to know: the model and its adapter are looked at first, with nothing heavier than
-JSON, so one that cannot be trained is refused at once. The data needs a tokenizer, hence
-transformers and torch, but neither Megatron-Core nor a GPU. The ranks call `open_inputs` and find
-everything in place.
+JSON, so one that cannot be trained is refused at once. Fresh data needs a tokenizer, hence
+transformers, and data that was prepared before nothing heavy at all. The ranks call `open_inputs`
+and find everything in place.
 """
 
 from __future__ import annotations
@@ -36,32 +36,61 @@ class Inputs:
     data: PreparedData
 
 
-def prepare(config: SftConfig, *, world_size: int, show_progress: bool) -> None:
-    """Finds and checks the model and the adapter, and prepares the data into the cache.
-
-    Any number of processes may call it at once; one prepares, the others wait for it.
+def check_inputs(
+    config: SftConfig | ExportConfig, *, world_size: int, show_progress: bool
+) -> ModelSource:
+    """Finds and checks the model and the adapter.
 
     Args:
         config: Resolved and checked.
         world_size: Ranks of the run.
         show_progress: Whether this process speaks for its machine.
 
+    Returns:
+        The model.
+
     Raises:
-        ValueError: Model, adapter or data cannot be used, with the reason in one line.
+        ValueError: One of them cannot be used, with the reason in one line.
     """
     source, adapter = _open_model(config, world_size=world_size, download=True)
-    if show_progress:
-        _print_notice(config, source, adapter)
+    notice = saving_notice(config.tuner, adapter, source)
+    if show_progress and notice is not None:
+        print(f"note: {notice}", file=sys.stderr)
+    return source
+
+
+def prepare_data(config: SftConfig, source: ModelSource, *, show_progress: bool) -> str:
+    """Prepares the data into the cache.
+
+    Any number of processes may call it at once; one prepares, the others wait for it.
+
+    Args:
+        config: Resolved and checked.
+        source: The model, from `check_inputs`.
+        show_progress: Whether this process speaks for its machine.
+
+    Returns:
+        What the prepared data are called in the cache.
+
+    Raises:
+        ValueError: The data cannot be used, with the reason in one line.
+    """
     data = _prepare_data(config, source, show_progress=show_progress)
     if show_progress:
         for name, report in (("train", data.report.train), ("val", data.report.validation)):
             if report is not None:
                 earlier = " (prepared earlier)" if data.report.reused else ""
                 print(f"{name} data: {report.summary()}{earlier}", file=sys.stderr)
+    return data.train.parent.name
 
 
-def open_inputs(config: SftConfig, *, world_size: int) -> Inputs:
-    """Model, adapter and data as `prepare` left them.
+def open_inputs(config: SftConfig, *, world_size: int, data_key: str | None = None) -> Inputs:
+    """Model, adapter and data as `check_inputs` and `prepare_data` left them.
+
+    Args:
+        config: Resolved and checked.
+        world_size: Ranks of the run.
+        data_key: What the prepared data are called; None: found by their contents.
 
     Raises:
         ValueError: They changed since and cannot be used any more.
@@ -70,30 +99,14 @@ def open_inputs(config: SftConfig, *, world_size: int) -> Inputs:
     # Whoever asked for fresh data has it by now.
     cached = dataclasses.replace(config.data, load_from_cache_file=True)
     config = dataclasses.replace(config, data=cached)
-    data = _prepare_data(config, source, show_progress=False)
+    data = _prepare_data(config, source, show_progress=False, key=data_key)
     return Inputs(source=source, adapter=adapter, data=data)
-
-
-def prepare_export(config: ExportConfig, *, world_size: int, show_progress: bool) -> None:
-    """Finds and checks the model and the adapter of an export.
-
-    Args:
-        config: Resolved and checked.
-        world_size: Ranks of the export.
-        show_progress: Whether this process speaks for its machine.
-
-    Raises:
-        ValueError: One of them cannot be used, with the reason in one line.
-    """
-    source, adapter = _open_model(config, world_size=world_size, download=True)
-    if show_progress:
-        _print_notice(config, source, adapter)
 
 
 def open_export_inputs(
     config: ExportConfig, *, world_size: int
 ) -> tuple[ModelSource, AdapterSource | None]:
-    """Model and adapter as `prepare_export` left them; None for no adapter.
+    """Model and adapter as `check_inputs` left them; None for no adapter.
 
     Raises:
         ValueError: They changed since and cannot be used any more.
@@ -113,22 +126,19 @@ def _open_model(
     )
     # Refuses a form that it cannot be saved in.
     source.stored_as(keeps_fp8=config.checkpoint.fp8_export)
-    return source, open_adapter(config, source)
+    # Checked first, and opened again by those who save.
+    return source, open_adapter(config, source, is_check=download)
 
 
-def _print_notice(
-    config: SftConfig | ExportConfig, source: ModelSource, adapter: AdapterSource | None
-) -> None:
-    notice = saving_notice(config.tuner, adapter, source)
-    if notice is not None:
-        print(f"note: {notice}", file=sys.stderr)
-
-
-def _prepare_data(config: SftConfig, source: ModelSource, *, show_progress: bool) -> PreparedData:
-    # Here, not above: they import torch.
+def _prepare_data(
+    config: SftConfig, source: ModelSource, *, show_progress: bool, key: str | None = None
+) -> PreparedData:
+    # Here, not above: they import numpy and pyarrow, which checks do without.
     from mtrain.data.cache import default_cache_dir
-    from mtrain.data.tokenize import prepare_datasets
+    from mtrain.data.tokenize import open_prepared, prepare_datasets
 
+    if key is not None:
+        return open_prepared(default_cache_dir(), key)
     data = prepare_datasets(
         config.data,
         config.template,

@@ -7,6 +7,7 @@ This is the file to read first. By the time it runs, `mtrain.cli.main` has check
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ from mtrain.cli.saving import (
     checkpoint_contents,
     make_saver,
 )
+from mtrain.cli.start_clock import StartClock
 from mtrain.config import SftConfig, config_to_dict
 from mtrain.data.storage import TokenizedDataset
 from mtrain.model.build import fuse_weight_gradients
@@ -64,12 +66,13 @@ if TYPE_CHECKING:
     from mtrain.data.tokenize import PreparedData
 
 
-def run(config: SftConfig, here: Placement) -> int:
+def run(config: SftConfig, here: Placement, clock: StartClock) -> int:
     """Trains on this rank; every rank runs it.
 
     Args:
         config: Resolved and checked.
         here: This rank.
+        clock: Measures the start.
 
     Returns:
         Exit code.
@@ -81,8 +84,9 @@ def run(config: SftConfig, here: Placement) -> int:
     """
     started = datetime.now()
     backend = find_backend(config)
-    inputs = open_inputs(config, world_size=here.world_size)
+    inputs = open_inputs(config, world_size=here.world_size, data_key=here.data_key)
     point = find_resume_point(config)
+    clock.end_phase("checks")
     world = join(config, here)
     check_same_inputs(
         config,
@@ -93,7 +97,9 @@ def run(config: SftConfig, here: Placement) -> int:
         step=point.trainer.step if point else None,
     )
     state = start_parallel(config, world, seed=config.training.seed)
+    clock.end_phase("ranks")
     train_data = open_batches(config, inputs, state, point=point)
+    clock.end_phase("data")
     total_steps = config.training.train_iters or train_data.plan.total_steps
     output_dir = Path(config.checkpoint.output_dir).expanduser()
     if point is not None and point.trainer.step >= total_steps:
@@ -103,10 +109,10 @@ def run(config: SftConfig, here: Placement) -> int:
             remove_leftovers(point.folder.parent)
         return _end(0)
 
-    run, trained = _build(
-        config, inputs, state, train_data, backend=backend, point=point, total_steps=total_steps
-    )
+    bare, trained = _load(config, inputs, state, backend=backend, point=point, clock=clock)
+    run = _wrap(bare, config, inputs, state, train_data, backend=backend, total_steps=total_steps)
     notes = restore(run, point) if point else []
+    clock.end_phase("optimizer")
     folder = create_run_folder(
         output_dir,
         add_version=config.checkpoint.add_version,
@@ -117,31 +123,30 @@ def run(config: SftConfig, here: Placement) -> int:
     check_room(run, folder)
     _say(world, start_notice(run, trained=trained, folder=folder), *notes)
     first_step = point.trainer.step if point else 0
-    stopped_by = _train(run, train_data, folder, here, first_step=first_step)
+    stopped_by = _train(run, train_data, folder, here, first_step=first_step, clock=clock)
     if stopped_by:
         _say(world, stop_notice(stopped_by))
     return _end(signal_exit_code(stopped_by) if stopped_by else 0)
 
 
-def _build(
+def _wrap(
+    bare: list[LanguageModel],
     config: SftConfig,
     inputs: Inputs,
     state: ParallelState,
     train_data: Batches,
     *,
     backend: Backend,
-    point: ResumePoint | None,
     total_steps: int,
-) -> tuple[TrainingRun, str]:
-    """Model and optimizer with their weights; and what is trained, in words."""
-    bare, trained = _load(config, inputs, state, backend=backend, point=point)
+) -> TrainingRun:
+    """The model with gradient buffers, optimizer and all else that a run has."""
     chunks = wrap_chunks(
         bare,
         parallel=config.parallel,
         grad_reduce_in_fp32=config.training.accumulate_allreduce_grads_in_fp32,
     )
     optimizer = build_optimizer(chunks, config.optimizer)
-    run = TrainingRun(
+    return TrainingRun(
         config=config,
         inputs=inputs,
         state=state,
@@ -154,7 +159,6 @@ def _build(
         batches=train_data.plan,
         total_steps=total_steps,
     )
-    return run, trained
 
 
 def _end(code: int) -> int:
@@ -164,7 +168,13 @@ def _end(code: int) -> int:
 
 
 def _train(
-    run: TrainingRun, train_data: Batches, folder: Path, here: Placement, *, first_step: int
+    run: TrainingRun,
+    train_data: Batches,
+    folder: Path,
+    here: Placement,
+    *,
+    first_step: int,
+    clock: StartClock,
 ) -> int:
     """Trains to the end; returns the number of the signal that ended it early, or 0."""
     config, state = run.config, run.state
@@ -192,8 +202,15 @@ def _train(
                 saves=saver,
                 stop=stop,
                 completed=watchdog.beat,
+                started=functools.partial(_tell_start, clock, log),
             ),
         )
+
+
+def _tell_start(clock: StartClock, log: RunLog | None) -> None:
+    clock.end_phase("first step")
+    if log is not None:
+        log.tell_once(clock.line(), clock.record())
 
 
 def _load(
@@ -203,6 +220,7 @@ def _load(
     *,
     backend: Backend,
     point: ResumePoint | None,
+    clock: StartClock,
 ) -> tuple[list[LanguageModel], str]:
     """The chunks of this rank, where only what is trained wants gradients; and what that is."""
     source, adapter = inputs.source, inputs.adapter
@@ -213,7 +231,9 @@ def _load(
         backend=backend,
         training=config.training,
         dtype=training_dtype(config.model, source.hf_config),
+        built=functools.partial(clock.end_phase, "model"),
     )
+    clock.end_phase("weights")
     if adapter is None:
         names = hf_names(source.table, backend=backend)
         count = freeze_parameters(chunks, tuner=config.tuner, state=state, hf_names=names)
@@ -232,6 +252,7 @@ def _load(
         resumed=None if point is None else merged_adapter(config, point),
     )
     keep_graph_connected(chunks)
+    clock.end_phase("adapter")
     ranks = ", ".join(map(str, adapter.ranks))
     return chunks, f"{adapter.num_weights(source.table):,} weights of an adapter (rank {ranks})"
 

@@ -55,24 +55,46 @@ def write_samples(folder: Path, chunks: Iterable[Sequence[Encoded]]) -> None:
     with pyarrow.ipc.new_stream(folder / _FILE_NAME, _SCHEMA) as writer:
         for chunk in chunks:
             if chunk:
-                writer.write_table(_as_table(chunk))
+                writer.write_batch(_as_batch(chunk))
 
 
-def _as_table(chunk: Sequence[Encoded]) -> pyarrow.Table:
+def _as_batch(chunk: Sequence[Encoded]) -> pyarrow.RecordBatch:
+    """A chunk in the form of the file.
+
+    Out of buffers, because whatever makes arrays of Python's objects (`pyarrow.array`) imports
+    pandas, which takes half a second.
+    """
     lengths = np.array([len(sample.input_ids) for sample in chunk], dtype=np.int32)
-    offsets = pyarrow.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    places = [sample.place.encode() for sample in chunk]
 
     def as_lists(arrays: list[np.ndarray]) -> pyarrow.ListArray:
-        return pyarrow.ListArray.from_arrays(offsets, pyarrow.array(np.concatenate(arrays)))
+        return pyarrow.ListArray.from_arrays(
+            _as_array(_offsets(lengths)), _as_array(np.concatenate(arrays))
+        )
 
-    return pyarrow.table(
-        {
-            "input_ids": as_lists([sample.input_ids for sample in chunk]),
-            "labels": as_lists([sample.labels for sample in chunk]),
-            "length": lengths,
-            "place": [sample.place for sample in chunk],
-        },
+    return pyarrow.record_batch(
+        [
+            as_lists([sample.input_ids for sample in chunk]),
+            as_lists([sample.labels for sample in chunk]),
+            _as_array(lengths),
+            pyarrow.StringArray.from_buffers(
+                len(places),
+                pyarrow.py_buffer(_offsets([len(place) for place in places])),
+                pyarrow.py_buffer(b"".join(places)),
+            ),
+        ],
         schema=_SCHEMA,
+    )
+
+
+def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def _as_array(values: np.ndarray) -> pyarrow.Array:
+    assert values.dtype == np.int32, values.dtype
+    return pyarrow.Array.from_buffers(
+        pyarrow.int32(), len(values), [None, pyarrow.py_buffer(values)]
     )
 
 
@@ -100,7 +122,8 @@ class TokenizedDataset:
         if not path.is_file():
             raise ValueError(f"{folder}: no prepared data ({_FILE_NAME}) here")
         table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
-        self.lengths: np.ndarray = table.column("length").to_numpy()
+        lengths = [_as_numpy(chunk) for chunk in table.column("length").chunks]
+        self.lengths: np.ndarray = np.concatenate(lengths or [np.empty(0, np.int32)])
         self._places = table.column("place")
         self._input_ids = [_views(chunk) for chunk in table.column("input_ids").chunks]
         self._labels = [_views(chunk) for chunk in table.column("labels").chunks]
@@ -129,4 +152,12 @@ class TokenizedDataset:
 
 def _views(lists: pyarrow.ListArray) -> tuple[np.ndarray, np.ndarray]:
     """Offsets and flat values, both without a copy."""
-    return lists.offsets.to_numpy(), lists.values.to_numpy(zero_copy_only=True)
+    return _as_numpy(lists.offsets), _as_numpy(lists.values)
+
+
+def _as_numpy(array: pyarrow.Array) -> np.ndarray:
+    """The int32 values, not copied; `to_numpy` imports pandas as well."""
+    assert array.type == pyarrow.int32(), array.type
+    assert array.null_count == 0
+    _, values = array.buffers()
+    return np.frombuffer(values, dtype=np.int32)[array.offset : array.offset + len(array)]

@@ -34,12 +34,15 @@ from mtrain.data.report import PreparationReport, SplitReport, Tally
 from mtrain.data.rows import BadRow
 from mtrain.data.source import Source, conversations_of, open_source, sample_indices
 from mtrain.data.storage import write_samples
+from mtrain.data.without_torch import hide_torch
 
-__all__ = ["PreparedData", "prepare_datasets"]
+__all__ = ["PreparedData", "open_prepared", "prepare_datasets"]
 
 logger = logging.getLogger(__name__)
 
 _CHUNK_ROWS = 512
+# Written last.
+_MARKER = "report.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +103,7 @@ def prepare_datasets(
     )
     key = _cache_key(data, settings, train=train, validation=validation)
     folder = cache_dir / "prepared" / key
-    marker = folder / "report.json"
+    marker = folder / _MARKER
     with locked(folder.with_suffix(".lock")):
         fresh_enough = marker.is_file() and (
             data.load_from_cache_file or marker.stat().st_mtime >= started
@@ -117,6 +120,22 @@ def prepare_datasets(
             report.write(partial / marker.name)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
+    return _prepared(folder, report)
+
+
+def open_prepared(cache_dir: Path, key: str) -> PreparedData:
+    """What `prepare_datasets` left in the cache under this name (that of its folder).
+
+    Raises:
+        ValueError: It is not there any more.
+    """
+    folder = cache_dir / "prepared" / key
+    if not (folder / _MARKER).is_file():
+        raise ValueError(f"{folder}: the prepared data are gone; start again to prepare them")
+    return _prepared(folder, PreparationReport.read(folder / _MARKER))
+
+
+def _prepared(folder: Path, report: PreparationReport) -> PreparedData:
     return PreparedData(
         train=folder / "train",
         validation=folder / "validation" if report.validation else None,
@@ -263,6 +282,7 @@ def _encoded_chunks(
         yield from map(encoder.encode, chunks)
         return
     # Spawned, not forked: the tokenizer library runs threads, which do not survive a fork.
-    with ProcessPoolExecutor(num_proc, mp_context=get_context("spawn")) as executor:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(num_proc, mp_context=spawn, initializer=hide_torch) as executor:
         tasks = ((encoder.settings, chunk) for chunk in chunks)
         yield from map_ahead(executor, encode_chunk, tasks, ahead=2 * num_proc)

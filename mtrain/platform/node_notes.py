@@ -1,7 +1,7 @@
 """Notes that the processes of a run on one node leave each other, as names of empty files.
 
 The one thing to know: a note is in the name alone, so it is there whole or not at all. Ranks have
-no pipe to the process that started them (torchrun in between keeps it), but all know this folder.
+no pipe to the process that started them (it may be a torchrun), but all know this folder.
 It may not exist: then there are no notes, and none are left.
 """
 
@@ -15,6 +15,8 @@ from pathlib import Path
 __all__ = ["NodeNotes"]
 
 _FIRST_FAILURE = "first_failure"
+_PREPARED = "prepared-"
+_PREPARING = "preparing-"
 _STOP = "stop-"
 _STOPPED = "stopped-"
 _TRAINING = "training-"
@@ -39,6 +41,22 @@ class NodeNotes:
             # A full or read-only disk must not hide the error.
             return True
         return True
+
+    def note_preparing(self) -> None:
+        """Says that this process prepares what the ranks of this node wait for."""
+        self._leave(f"{_PREPARING}{os.getpid()}")
+
+    def is_preparing(self) -> bool:
+        """Whether the process that said so is still there."""
+        return any(_is_alive(int(pid)) for pid in self._names(_PREPARING))
+
+    def note_prepared(self, key: str) -> None:
+        """Says that all is prepared, and what the data are called."""
+        self._leave(f"{_PREPARED}{key}")
+
+    def prepared(self) -> str | None:
+        """What the prepared data are called; None while they are not there yet."""
+        return next(iter(self._names(_PREPARED)), None)
 
     def ask_to_stop(self, signum: int) -> None:
         """Asks the ranks of this node, which look once a second, to save and end."""

@@ -88,6 +88,7 @@ class Surroundings:
         saves: What became of it; complete when training ends.
         stop: Whether this rank is asked to stop.
         completed: Told what was done last, for whoever watches that something is.
+        started: Called after the first step.
     """
 
     meter: Meter
@@ -97,6 +98,7 @@ class Surroundings:
     saves: PendingSaves
     stop: Stop
     completed: Callable[[str], None]
+    started: Callable[[], None]
 
 
 def train(
@@ -142,6 +144,8 @@ def train(
             around.meter.add_step(result, counts, data_seconds=data_seconds)
             around.completed(f"step {step}")
             answer = requests.answer()
+            if step == plan.first_step + 1:
+                around.started()
             evaluated = _between_steps(step, answer, chunks, plan=plan, around=around)
             with _paused(around.meter):
                 collect(step, evaluated=evaluated)

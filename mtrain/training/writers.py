@@ -53,6 +53,7 @@ class RunLog:
         self._writers = writers
         self._stream = stream
         self._total_steps = total_steps
+        self._once: Mapping[str, float] = {}
         # disable=None: no bar where nobody watches it, such as a log file.
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", file=stream, disable=None
@@ -75,6 +76,16 @@ class RunLog:
         """Moves the progress bar by a step."""
         self._bar.update()
 
+    def tell_once(self, line: str, values: Mapping[str, float]) -> None:
+        """Says something that is no number of a step: on the console, and in the files once.
+
+        Args:
+            line: For the console.
+            values: Numbers by name, for the next line of `logging.jsonl`.
+        """
+        tqdm.write(line, file=self._stream)
+        self._once = values
+
     def write(self, values: Mapping[str, float | int], *, step: int, kind: str) -> None:
         """Writes one line everywhere.
 
@@ -87,7 +98,9 @@ class RunLog:
         line = console_line(shown, step=step, total_steps=self._total_steps, kind=kind)
         tqdm.write(line, file=self._stream)
         for writer in self._writers:
-            writer.write(shown, step=step, kind=kind)
+            once = self._once if isinstance(writer, JsonLines) else {}
+            writer.write({**shown, **once}, step=step, kind=kind)
+        self._once = {}
 
 
 _POSITION = ("step", "total_steps")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mtrain.cli import export
 from mtrain.cli.launch import Placement
-from mtrain.cli.preparation import prepare_export
+from mtrain.cli.preparation import check_inputs
 from mtrain.config import (
     CheckpointConfig,
     ExportConfig,
@@ -60,7 +60,7 @@ def settings(folders, output: Path, *, torch_dtype=None, exist_ok=False, **tuner
 
 
 def run_alone(config: ExportConfig) -> Path:
-    prepare_export(config, world_size=1, show_progress=False)
+    check_inputs(config, world_size=1, show_progress=False)
     try:
         assert export.run(config, Placement()) == 0
     finally:

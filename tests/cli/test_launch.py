@@ -19,14 +19,25 @@ ROOT = Path(__file__).parents[2]
 RANK_SCRIPT = """
 import functools, os, sys, time
 from mtrain.cli.errors import end_failed_rank
-from mtrain.cli.launch import Launch, launch_ranks, rank_exit_code, read_environment
+from pathlib import Path
+from mtrain.cli.launch import (
+    Launch,
+    launch_ranks,
+    rank_exit_code,
+    read_environment,
+    wait_until_prepared,
+)
 from mtrain.platform.signals import EndedBySignal, end_on_signals
 from mtrain.platform.stop_request import StopRequest
+
+def prepare():
+    # PREPARE
+    return "key"
 
 here = read_environment()
 if isinstance(here, Launch):
     try:
-        sys.exit(launch_ranks(here, [__file__]))
+        sys.exit(launch_ranks(here, [__file__], prepare))
     except EndedBySignal as error:
         sys.exit(print(error, "at once" * error.at_once, file=sys.stderr) or 128 + error.signum)
 report = functools.partial(
@@ -38,10 +49,10 @@ print(f"rank {here.rank} of {here.world_size} prepared={here.is_prepared}", flus
 
 
 def open_ranks(
-    tmp_path: Path, body: str, *, num_ranks: int = 2, **variables: str
+    tmp_path: Path, body: str, *, num_ranks: int = 2, prepare: str = "", **variables: str
 ) -> subprocess.Popen[str]:
     script = tmp_path / "ranks.py"
-    script.write_text(RANK_SCRIPT + body)
+    script.write_text(RANK_SCRIPT.replace("# PREPARE", prepare) + body)
     environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environ |= {"NPROC_PER_NODE": str(num_ranks), "PYTHONPATH": str(ROOT)} | variables
     return subprocess.Popen(
@@ -55,10 +66,10 @@ def open_ranks(
 
 
 def start_ranks(
-    tmp_path: Path, body: str, *, num_ranks: int = 2, **variables: str
+    tmp_path: Path, body: str, *, num_ranks: int = 2, prepare: str = "", **variables: str
 ) -> tuple[subprocess.CompletedProcess[str], float]:
     start = time.monotonic()
-    with open_ranks(tmp_path, body, num_ranks=num_ranks, **variables) as process:
+    with open_ranks(tmp_path, body, num_ranks=num_ranks, prepare=prepare, **variables) as process:
         try:
             out, err = process.communicate(timeout=90)
         finally:
@@ -188,6 +199,41 @@ def test_launched_ranks_know_their_place_and_the_exit_code_is_zero(tmp_path: Pat
     assert done.stderr == ""
 
 
+# Returns when two ranks are there, so it would hang if they were started later.
+UNTIL_STARTED = "while len(list(Path().glob('started-*'))) < 2: time.sleep(0.02)"
+WAITING = """
+Path(f"started-{here.rank}").touch()
+print("got", wait_until_prepared(here).data_key, flush=True)
+"""
+
+
+def test_ranks_start_while_data_is_prepared_and_wait_for_it(tmp_path: Path) -> None:
+    done, _ = start_ranks(tmp_path, WAITING, prepare=UNTIL_STARTED)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("got key") == 2
+
+
+def test_a_mistake_in_the_data_ends_the_ranks(tmp_path: Path) -> None:
+    """They say nothing about it, and hold nothing open when the launcher has ended."""
+    prepare = f"{UNTIL_STARTED}\n    raise ValueError('line 3 is no JSON')"
+    done, seconds = start_ranks(tmp_path, WAITING, prepare=prepare)
+    assert "got" not in done.stdout
+    assert done.stderr.splitlines()[-1] == "ValueError: line 3 is no JSON"
+    assert done.stderr.count("Traceback") == 1
+    assert seconds < 30
+
+
+def test_ranks_whose_launcher_is_gone_do_not_wait(tmp_path: Path) -> None:
+    prepare = f"{UNTIL_STARTED}\n    print('prepares', flush=True)\n    time.sleep(60)"
+    with open_ranks(tmp_path, WAITING, prepare=prepare) as process:
+        lines_until(process, "prepares", count=1)
+        process.kill()
+        _, err = rest_of(process)
+    assert err.count("RuntimeError: the process that started the ranks is gone") == 2 or (
+        err == "megatron sft: error: the process that started the ranks is gone\n"
+    )
+
+
 def test_a_failing_rank_ends_one_that_waits_in_a_collective(tmp_path: Path) -> None:
     """T32: everyone ends within 30 s and the first real traceback is shown exactly once."""
     body = """
@@ -240,10 +286,10 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         port = str(other.getsockname()[1])
         done, _ = start_ranks(tmp_path, "", MASTER_PORT=port)
     assert done.returncode != 0
-    assert f"ValueError: MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: " in done.stderr
+    assert f"ValueError: MASTER_PORT={port}: Address already in use" in done.stderr
 
 
-# A loop that stops when asked, and saves for longer than torchrun's grace would be.
+# A loop that stops when asked, and saves for longer than ranks get to end.
 TRAINING = """
 folder = here.failure_folder
 with StopRequest(folder) as stop:
@@ -287,7 +333,6 @@ def test_a_signal_to_the_launcher_lets_all_ranks_save(
         out, err = rest_of(process)
     assert process.returncode == 128 + signum
     assert out.count("saved") == 2
-    # torchrun's report of failed ranks would be here.
     assert err == (
         f"megatron: {signum.name}: saving after this step; a second signal ends at once\n"
     )

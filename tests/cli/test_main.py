@@ -1,8 +1,10 @@
 """The `megatron` command: what it answers, and what it starts with which arguments."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,28 +53,40 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
     """Replaces training and launching; lists what was called."""
     calls: list[tuple[str, object]] = []
 
-    def prepare(config: SftConfig, *, world_size: int, show_progress: bool) -> None:
-        calls.append(("prepare", (world_size, show_progress)))
+    def check_inputs(
+        config: SftConfig | ExportConfig, *, world_size: int, show_progress: bool
+    ) -> str:
+        calls.append(("check", (world_size, show_progress)))
+        return "the model"
 
-    def prepare_export(config: ExportConfig, *, world_size: int, show_progress: bool) -> None:
-        calls.append(("prepare_export", (world_size, show_progress)))
+    def prepare_data(config: SftConfig, source: str, *, show_progress: bool) -> str:
+        assert source == "the model"
+        calls.append(("prepare", show_progress))
+        return "key"
 
-    def run(config: SftConfig | ExportConfig, here: Placement) -> int:
+    def run(config: SftConfig | ExportConfig, here: Placement, clock: object = None) -> int:
+        assert here.data_key == ("key" if isinstance(config, SftConfig) else None)
         calls.append(("run", config))
         return 0
 
-    def launch_ranks(launch: Launch, words: list[str]) -> int:
+    def launch_ranks(launch: Launch, words: list[str], prepare: Callable[[], str | None]) -> int:
         calls.append(("launch", (launch, words)))
+        prepare()
         return 7
 
+    def wait_until_prepared(here: Placement) -> Placement:
+        calls.append(("wait", None))
+        return dataclasses.replace(here, data_key="key")
+
     for name, module in (
-        ("preparation", SimpleNamespace(prepare=prepare, prepare_export=prepare_export)),
+        ("preparation", SimpleNamespace(check_inputs=check_inputs, prepare_data=prepare_data)),
         ("sft", SimpleNamespace(run=run)),
         ("export", SimpleNamespace(run=run)),
     ):
         monkeypatch.setitem(sys.modules, f"mtrain.cli.{name}", module)
         monkeypatch.setattr(mtrain.cli, name, module, raising=False)
     monkeypatch.setattr(main_module, "launch_ranks", launch_ranks)
+    monkeypatch.setattr(main_module, "wait_until_prepared", wait_until_prepared)
     return calls
 
 
@@ -106,18 +120,18 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_one_rank_trains_in_this_process(run_words, started) -> None:
     assert main(run_words) == 0
-    assert [name for name, _ in started] == ["prepare", "run"]
-    config = started[1][1]
+    assert [name for name, _ in started] == ["check", "prepare", "run"]
+    config = started[2][1]
     assert isinstance(config, SftConfig)
     assert config.optimizer.lr == 1e-5
     assert not Path(config.checkpoint.output_dir).exists()
 
 
-def test_nproc_per_node_starts_ranks_after_preparing(run_words, started, monkeypatch) -> None:
+def test_nproc_per_node_starts_ranks_after_the_checks(run_words, started, monkeypatch) -> None:
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     assert main([*run_words, "--pipeline_model_parallel_size", "2"]) == 7
-    name, (launch, words) = started[-1]
-    assert started[0] == ("prepare", (2, True))
+    check, (name, (launch, words)), prepared = started
+    assert (check, prepared) == (("check", (2, True)), ("prepare", True))
     assert (name, launch) == ("launch", Launch(nproc_per_node=2))
     assert words[:3] == ["-m", "mtrain.cli.main", "sft"]
     assert words[3:-2] == run_words[1:]
@@ -135,7 +149,7 @@ def export_words(run_words, tmp_path: Path) -> list[str]:
 
 def test_one_rank_exports_in_this_process(export_words, started) -> None:
     assert main(export_words) == 0
-    assert [name for name, _ in started] == ["prepare_export", "run"]
+    assert [name for name, _ in started] == ["check", "run"]
     config = started[1][1]
     assert isinstance(config, ExportConfig)
     assert config.tuner.merge_lora is True
@@ -144,8 +158,8 @@ def test_one_rank_exports_in_this_process(export_words, started) -> None:
 def test_nproc_per_node_starts_ranks_of_an_export(export_words, started, monkeypatch) -> None:
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     assert main([*export_words, "--tensor_model_parallel_size", "2"]) == 7
-    name, (launch, words) = started[-1]
-    assert started[0] == ("prepare_export", (2, True))
+    check, (name, (launch, words)) = started
+    assert check == ("check", (2, True))
     assert (name, launch) == ("launch", Launch(nproc_per_node=2))
     assert words[:3] == ["-m", "mtrain.cli.main", "export"]
     assert words[3:-2] == export_words[1:]
@@ -178,9 +192,15 @@ def test_no_export_starts_when_a_check_fails(
 @pytest.mark.parametrize(
     ("placement", "expected"),
     [
-        (Placement(rank=1, local_rank=1, world_size=2), [("prepare", (2, False)), "run"]),
-        (Placement(rank=2, local_rank=0, world_size=4), [("prepare", (4, True)), "run"]),
-        (Placement(rank=0, local_rank=0, world_size=2, is_prepared=True), ["run"]),
+        (
+            Placement(rank=1, local_rank=1, world_size=2),
+            [("check", (2, False)), ("prepare", False), "run"],
+        ),
+        (
+            Placement(rank=2, local_rank=0, world_size=4),
+            [("check", (4, True)), ("prepare", True), "run"],
+        ),
+        (Placement(rank=0, local_rank=0, world_size=2, is_prepared=True), ["wait", "run"]),
     ],
 )
 def test_ranks_prepare_unless_their_launcher_did(
@@ -190,7 +210,8 @@ def test_ranks_prepare_unless_their_launcher_did(
     monkeypatch.setattr(main_module, "read_environment", lambda: placement)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     assert main(run_words) == 0
-    assert [call if call[0] == "prepare" else call[0] for call in started] == expected
+    plain = ("run", "wait")
+    assert [call[0] if call[0] in plain else call for call in started] == expected
 
 
 @pytest.mark.parametrize(
@@ -223,13 +244,13 @@ def test_output_below_a_file_is_refused_and_nothing_is_created(
 
 
 def test_a_fault_of_a_library_keeps_its_traceback(run_words, started, monkeypatch) -> None:
-    monkeypatch.setattr(mtrain.cli.sft, "run", lambda config, here: json.loads("{"))
+    monkeypatch.setattr(mtrain.cli.sft, "run", lambda *_: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):
         main(run_words)
 
 
 def test_ctrl_c_is_one_line(run_words, started, monkeypatch, capsys) -> None:
-    def interrupt(config: SftConfig, here: Placement) -> int:
+    def interrupt(*_: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["mtrain.cli.sft"], "run", interrupt)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mtrain.cli import demo, preparation
-from mtrain.cli.preparation import open_inputs, prepare, prepare_export
+from mtrain.cli import demo
+from mtrain.cli.preparation import check_inputs, open_inputs, prepare_data
 from mtrain.config import (
     DataConfig,
     ExportConfig,
@@ -46,13 +46,18 @@ def config(model, tmp_path, monkeypatch) -> SftConfig:
     )
 
 
+def prepare(config: SftConfig, *, show_progress: bool = False) -> str:
+    source = check_inputs(config, world_size=1, show_progress=show_progress)
+    return prepare_data(config, source, show_progress=show_progress)
+
+
 def prepared_at(config: SftConfig) -> int:
     data = open_inputs(config, world_size=1).data
     return (data.train.parent / "report.json").stat().st_mtime_ns
 
 
 def test_ranks_find_what_was_prepared(config, capsys) -> None:
-    prepare(config, world_size=1, show_progress=True)
+    key = prepare(config, show_progress=True)
     said = capsys.readouterr().err
     assert "train data: 16 of 16 rows kept" in said
     assert "val data: 4 of 4 rows kept" in said
@@ -64,12 +69,15 @@ def test_ranks_find_what_was_prepared(config, capsys) -> None:
     assert data.validation is not None
     assert [len(TokenizedDataset(folder)) for folder in (data.train, data.validation)] == [16, 4]
     assert capsys.readouterr().err == "", "ranks have nothing to say"
+    assert open_inputs(config, world_size=1, data_key=key).data == data
+    with pytest.raises(ValueError, match="prepared/gone: the prepared data are gone"):
+        open_inputs(config, world_size=1, data_key="gone")
 
 
 def test_a_second_run_prepares_nothing(config) -> None:
-    prepare(config, world_size=1, show_progress=False)
+    prepare(config)
     first = prepared_at(config)
-    prepare(config, world_size=1, show_progress=False)
+    prepare(config)
     assert prepared_at(config) == first
 
 
@@ -77,10 +85,10 @@ def test_data_that_is_wanted_fresh_is_made_once_for_all_ranks(config) -> None:
     fresh = dataclasses.replace(
         config, data=dataclasses.replace(config.data, load_from_cache_file=False)
     )
-    prepare(fresh, world_size=1, show_progress=False)
+    prepare(fresh)
     first = prepared_at(fresh)
     assert prepared_at(fresh) == first, "a rank made it again"
-    prepare(fresh, world_size=1, show_progress=False)
+    prepare(fresh)
     assert prepared_at(fresh) > first
 
 
@@ -96,7 +104,7 @@ def test_a_token_without_a_row_in_the_embedding_is_refused(config, model, tmp_pa
     demo.write_model(other, small)
     spoiled = dataclasses.replace(config, model=ModelConfig(model=str(other)))
     with pytest.raises(ValueError, match=r"but the embedding of .* has 300 rows; the tokenizer"):
-        prepare(spoiled, world_size=1, show_progress=False)
+        prepare(spoiled)
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +127,7 @@ def test_adapters_that_peft_will_not_load_are_told_before_they_are_trained(
     config = SftConfig(
         model=ModelConfig(model=str(experts)), tuner=TunerConfig(tuner_type="lora", **tuner)
     )
-    source, adapter = preparation._open_model(config, world_size=1, download=False)
-    preparation._print_notice(config, source, adapter)
+    check_inputs(config, world_size=1, show_progress=True)
     said = capsys.readouterr().err
     assert ("note: PEFT with transformers 5 does not load experts" in said) is is_told
     assert ("--lora_export_layout fused has no such limit" in said) is is_told
@@ -136,41 +143,50 @@ def test_an_adapter_that_cannot_be_saved_is_refused_before_it_is_trained(experts
     tuner = TunerConfig(adapters=(str(folder),))
     config = ExportConfig(model=ModelConfig(model=str(experts)), tuner=tuner)
     with pytest.raises(ValueError, match="PEFT knows one scale for gate_up_proj; merge the adapt"):
-        prepare_export(config, world_size=1, show_progress=False)
+        check_inputs(config, world_size=1, show_progress=False)
     merged = dataclasses.replace(config, tuner=dataclasses.replace(tuner, merge_lora=True))
-    prepare_export(merged, world_size=1, show_progress=False)
+    check_inputs(merged, world_size=1, show_progress=False)
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused_before_it_is_trained(config) -> None:
     """The embedding of this model is its output layer too, which an adapter leaves alone."""
     tuner = TunerConfig(tuner_type="lora", target_modules=("all-embedding",), merge_lora=True)
     with pytest.raises(ValueError, match=r"the adapter of model\.embed_tokens cannot be merged"):
-        prepare(dataclasses.replace(config, tuner=tuner), world_size=1, show_progress=False)
+        changed = dataclasses.replace(config, tuner=tuner)
+        check_inputs(changed, world_size=1, show_progress=False)
 
 
 LOOK_AT_MODULES = """
 import sys
-from mtrain.cli import main, preparation
-heavy = {"torch", "transformers", "datasets", "megatron"}
-assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
-main.launch_ranks = lambda launch, words: 0
+from mtrain.cli import main
+
+def imported():
+    heavy = {"torch", "transformers", "datasets", "pandas", "megatron"}
+    return {name for name in heavy if sys.modules.get(name) is not None}
+
+def launch_ranks(launch, words, prepare):
+    assert not imported(), f"imported by the checks: {imported()}"
+    prepare()
+    return 0
+
+main.launch_ranks = launch_ranks
 assert main.main(sys.argv[1:]) == 0
-assert "datasets" in sys.modules
-assert "megatron" not in sys.modules
+print(*sorted(imported()))
 """
 
 
-def test_the_process_that_starts_ranks_never_imports_megatron(config, model, tmp_path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", LOOK_AT_MODULES, "sft", "--model", str(model)),
-            *("--dataset", "swift/self-cognition#20", "--model_name", "m", "--model_author", "a"),
-            *("--train_iters", "1", "--output_dir", str(tmp_path / "out")),
-        ],
-        env={"HOME": str(tmp_path), "NPROC_PER_NODE": "2", "PATH": "/usr/bin:/bin"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+def test_the_process_that_starts_ranks_imports_a_tokenizer_at_most(config, model, tmp_path) -> None:
+    """And data that are found in the cache need none."""
+    words = (
+        *(sys.executable, "-c", LOOK_AT_MODULES, "sft", "--model", str(model)),
+        *("--dataset", "swift/self-cognition#20", "--model_name", "m", "--model_author", "a"),
+        *("--tuner_type", "lora", "--train_iters", "1", "--output_dir", str(tmp_path / "out")),
     )
-    assert done.returncode == 0, done.stderr
+    environ = {"HOME": str(tmp_path), "NPROC_PER_NODE": "2", "PATH": "/usr/bin:/bin"}
+    done = [
+        subprocess.run(words, env=environ, cwd=ROOT, capture_output=True, text=True, check=False)
+        for _ in range(2)
+    ]
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr
+    assert [process.stdout for process in done] == ["transformers\n", "\n"]
+    assert "PyTorch" not in done[0].stderr

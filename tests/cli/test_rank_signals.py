@@ -13,7 +13,7 @@ from mtrain.platform.node_notes import NodeNotes
 
 
 class Ended(Exception):
-    """Raised where torchrun's loop would be left."""
+    """Raised where the wait for the ranks would be left."""
 
 
 def end_ranks(signum: int) -> NoReturn:

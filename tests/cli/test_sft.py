@@ -11,7 +11,8 @@ import torch
 
 from mtrain.cli import demo, sft
 from mtrain.cli.launch import Placement
-from mtrain.cli.preparation import prepare
+from mtrain.cli.preparation import check_inputs, prepare_data
+from mtrain.cli.start_clock import StartClock
 from mtrain.config import (
     CheckpointConfig,
     DataConfig,
@@ -92,9 +93,10 @@ def config(model, tmp_path, monkeypatch) -> SftConfig:
 
 def run_alone(config: SftConfig) -> Path:
     """Trains in this process and returns the folder of the run."""
-    prepare(config, world_size=1, show_progress=False)
+    source = check_inputs(config, world_size=1, show_progress=False)
+    prepare_data(config, source, show_progress=False)
     try:
-        assert sft.run(config, Placement()) == 0
+        assert sft.run(config, Placement(), StartClock()) == 0
     finally:
         destroy_parallel()
         destroy_world()
@@ -160,5 +162,5 @@ def test_what_the_machine_cannot_do_is_said_before_anything_is_made(
 ) -> None:
     monkeypatch.setattr("mtrain.model.backends.has_gpu", lambda: False)
     with pytest.raises(kind, match=re.escape(message)):
-        sft.run(change(config, section, **values), Placement())
+        sft.run(change(config, section, **values), Placement(), StartClock())
     assert not (Path.home() / "out").exists()

@@ -36,6 +36,10 @@ def test_without_a_folder_there_are_no_notes(path: Path | None) -> None:
     assert not folder.is_training()
     assert not folder.has_failed()
     folder.forget_training()
+    folder.note_preparing()
+    folder.note_prepared("key")
+    assert not folder.is_preparing()
+    assert folder.prepared() is None
     assert path is None or not path.exists()
 
 
@@ -63,3 +67,25 @@ def test_a_rank_that_died_while_training_has_failed(folder: NodeNotes) -> None:
     subprocess.run([sys.executable, "-c", script, str(folder.path)], check=True)
     assert folder.is_training()
     assert folder.has_failed()
+
+
+def test_what_is_prepared_has_a_name(folder: NodeNotes, tmp_path: Path) -> None:
+    assert not folder.is_preparing()
+    folder.note_preparing()
+    assert folder.is_preparing()
+    assert folder.prepared() is None
+    folder.note_prepared("0f3a")
+    assert folder.prepared() == "0f3a"
+
+
+def test_that_there_are_no_data_is_an_answer_too(folder: NodeNotes) -> None:
+    folder.note_prepared("")
+    assert folder.prepared() == ""
+
+
+def test_one_that_prepared_and_is_gone_does_not_prepare(folder: NodeNotes, tmp_path: Path) -> None:
+    gone = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
+    )
+    (tmp_path / f"preparing-{int(gone.stdout)}").touch()
+    assert not folder.is_preparing()

@@ -80,6 +80,7 @@ def run(
             saves=NO_SAVES,
             stop=SignalAt(asked_at if state.rank == 1 else None),
             completed=completed.append,
+            started=lambda: completed.append("the start"),
         ),
     )
     return stopped_by, saved, collecting, completed
@@ -132,7 +133,8 @@ def test_a_run_logs_evaluates_and_saves_when_it_should(folder, tmp_path):
     # An evaluation after step 5 sees the weights that step 6 starts from.
     assert losses[2] > evaluations[0] > evaluations[1]
     assert [line["epoch"] for line in lines if "loss" in line][-1] == TOTAL * 4 / 8
-    assert completed[3:7] == [
+    assert completed[:3] == ["step 1", "the start", "step 2"]
+    assert completed[4:8] == [
         *("step 4", "the save of step 4", "step 5", "the evaluation after step 5"),
     ]
 
