@@ -1,7 +1,9 @@
 """Tiny checkpoints with a layer of multi-token prediction, and what it computes.
 
-No class of transformers has these layers, so the reference is put together of its parts: the layer
-is the last one of a model that is one layer deeper, cut off and stored under the other names.
+The reference is put together of parts of transformers, also for models that it has no class for:
+the layer is the last one of a model that is one layer deeper, cut off and stored under the other
+names. The precision test has another judge, transformers' own `MtpModel`; tests/verify compares it
+with the reference.
 """
 
 import json
@@ -124,3 +126,31 @@ def make_checkpoint_with_next_tokens(
     model = AutoModelForCausalLM.from_pretrained(deeper, dtype=torch.float32)
     parameters = {kind: torch.nn.Parameter(tensor.clone()) for kind, tensor in own.items()}
     return folder, Reference(model, parameters, hidden_first=name == "mimo")
+
+
+def names_left_out(folder: Path) -> list[str]:
+    """Patterns for tensors that the class of a checkpoint does not have: those of these layers."""
+    config = json.loads((folder / "config.json").read_text())
+    return [one.pattern for one in find_family(config).weight_table(config).ignored]
+
+
+def with_second_layer(folder: Path, target: Path) -> Path:
+    """A copy of a checkpoint of `make_checkpoint_with_next_tokens` with one more such layer.
+
+    Args:
+        folder: One whose layers of multi-token prediction lie behind the others.
+        target: Where to, a new folder.
+    """
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    tensors |= {
+        key.replace("layers.4.", "layers.5."): tensor * 0.9
+        + torch.randn(tensor.shape, generator=generator) * 0.02
+        for key, tensor in tensors.items()
+        if key.startswith("model.layers.4.")
+    }
+    target.mkdir()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 2}))
+    return target

@@ -4,11 +4,12 @@ The one thing to know: it is transformers' own class, loaded from the files with
 ours, and refused when a weight is missing or left over.
 """
 
+import dataclasses
 import gc
 import re
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ import peft
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     FineGrainedFP8Config,
     Mxfp4Config,
     PreTrainedModel,
 )
+from transformers.utils import ModelOutput
 
+from mtrain.verify.hf_next_tokens import load_next_tokens, next_token_outputs
+from mtrain.verify.layer_records import recorded
 from mtrain.verify.precision import ModelOutputs
 from mtrain.verify.texts import TokenText
 
@@ -48,6 +53,22 @@ def judge_device(folder: Path, *, dtype: torch.dtype, device: torch.device) -> t
     return device if needed <= free_bytes else torch.device("cpu")
 
 
+def check_class(model_type: str) -> None:
+    """Makes sure that there is a judge.
+
+    Args:
+        model_type: As in config.json.
+
+    Raises:
+        ValueError: transformers has no class for such a model.
+    """
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"--test_convert_precision: transformers has no class for model type {model_type!r}, "
+            "so neither its layers nor its multi-token prediction can be compared; leave it out"
+        )
+
+
 @torch.no_grad()
 def hf_outputs(
     folder: Path,
@@ -57,6 +78,7 @@ def hf_outputs(
     dtype: torch.dtype,
     stored_dtype: torch.dtype | None = None,
     left_out: Sequence[str] = (),
+    num_next_tokens: int = 0,
     device: torch.device,
 ) -> list[ModelOutputs]:
     """What the Hugging Face model makes of each text; the model is gone afterwards.
@@ -67,139 +89,83 @@ def hf_outputs(
         adapter_folder: A PEFT adapter to put on it.
         dtype: Dtype of weights and activations.
         stored_dtype: Dtype that weights are rounded to first, as those of the other model were.
-        left_out: Patterns for the names of weights that the class does not have.
+        left_out: Patterns for the names of weights that the class does not have, nor PEFT on it.
+        num_next_tokens: Layers of multi-token prediction to run behind it.
         device: Where to run it; the whole model must fit there.
 
     Raises:
         ValueError: A weight of the model or of the adapter is missing or left over.
+        RuntimeError: A weight of multi-token prediction is missing.
     """
-    model = _load_model(folder, stored_dtype or dtype, left_out)
-    model = _converted(model, dtype, device).eval()
-    layers = _decoder_layers(model)
-    adapted = model if adapter_folder is None else _attach_adapter(model, adapter_folder).eval()
-    hidden_states: dict[int, torch.Tensor] = {}
-    margins: dict[int, torch.Tensor] = {}
-
+    stored_dtype = stored_dtype or dtype
+    model = _load_model(folder, stored_dtype, left_out)
+    next_tokens = None
+    if num_next_tokens:
+        next_tokens = load_next_tokens(model, num_next_tokens)
+        next_tokens = _converted(next_tokens, stored_dtype, torch.device("cpu"))
+        next_tokens = _converted(next_tokens, dtype, device).eval()
+    model = adapted = _converted(model, dtype, device).eval()
+    if adapter_folder is not None:
+        adapted = _attach_adapter(model, adapter_folder, left_out).eval()
+    if next_tokens is not None:
+        # Where the adapter has changed embedding or head.
+        next_tokens.tie_with_main_model(model)
     outputs = []
-    with ExitStack() as hooks:
-        for index, layer in enumerate(layers):
-            keep = _keep_hidden_states(hidden_states, index)
-            hooks.callback(layer.register_forward_hook(keep).remove)
-            for router in _routers(layer):
-                keep = _keep_margins(margins, index)
-                hooks.callback(router.register_forward_hook(keep).remove)
+    with recorded(_decoder_layers(model)) as records, _last_hidden_states(model) as last:
         for text in texts:
-            logits = adapted(text.input_ids[None].to(device), use_cache=False).logits
-            no_router = torch.full([len(text.input_ids)], torch.inf)
-            outputs.append(
-                ModelOutputs(
-                    hidden_states=torch.stack([hidden_states[i] for i in range(len(layers))]),
-                    logits=logits[0].float().cpu(),
-                    router_margins=torch.stack(
-                        [margins.get(i, no_router) for i in range(len(layers))]
-                    ),
-                )
+            input_ids = text.input_ids[None].to(device)
+            logits = adapted(input_ids, use_cache=False).logits
+            found = ModelOutputs(
+                hidden_states=records.hidden_states(),
+                logits=logits[0].float().cpu(),
+                router_margins=records.router_margins(),
             )
-    del model, layers, adapted
+            if next_tokens is not None:
+                further = next_token_outputs(next_tokens, input_ids, last[0])
+                found = dataclasses.replace(found, next_tokens=further)
+            outputs.append(found)
+    del model, adapted, next_tokens
     # PEFT's modules know each other in circles.
     gc.collect()
     torch.cuda.empty_cache()
     return outputs
 
 
+@contextmanager
+def _last_hidden_states(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """One tensor [1, seq, hidden], what the decoder gave last, behind its last norm."""
+    found: list[torch.Tensor] = []
+
+    def keep(_decoder: object, _inputs: object, output: ModelOutput) -> None:
+        found[:] = [output.last_hidden_state]
+
+    hook = model.get_decoder().register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
 def _converted(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model elsewhere and in another dtype, but for biases that choose experts."""
-    kept = [(router, router.e_score_correction_bias) for router in _biased_routers(model)]
+    """The model elsewhere and its weights in another dtype.
+
+    Buffers keep theirs: rotary frequencies and biases that choose experts are of float32.
+    """
+    kept = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     model = model.to(device, dtype)
-    for router, bias in kept:
-        router.e_score_correction_bias = bias.to(device)
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer.to(device)
     return model
-
-
-def _biased_routers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if "e_score_correction_bias" in module._buffers]
 
 
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     decoder = model.get_decoder()
     return decoder.h if model.config.model_type == "gpt2" else decoder.layers
-
-
-def _keep_hidden_states(found: dict[int, torch.Tensor], index: int) -> Callable[..., None]:
-    def keep(_layer: object, _inputs: object, output: torch.Tensor) -> None:
-        # Some layers return a tuple, and some a batch.
-        hidden = output[0] if isinstance(output, tuple) else output
-        found[index] = hidden.squeeze(0).to("cpu", torch.float32, copy=True)
-
-    return keep
-
-
-def _keep_margins(found: dict[int, torch.Tensor], index: int) -> Callable[..., None]:
-    def keep(router: nn.Module, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
-        # Routers of transformers 5 return their logits [tokens, experts] first.
-        scores = output[0].to("cpu", torch.float32)
-        bias = router._buffers.get("e_score_correction_bias")
-        if bias is not None:
-            scores = scores.sigmoid() + bias.to("cpu", torch.float32)
-        margins = router_margins(scores, router.top_k)
-        num_groups = getattr(router, "num_group", None) or 1
-        if num_groups > 1:
-            # Either the choice of groups is near a tie, or that of experts in them.
-            best = scores.view(len(scores), num_groups, -1).topk(1 if bias is None else 2).values
-            margins = router_margins(best.sum(-1), router.topk_group)
-            margins = margins.minimum(_margins_in_groups(scores, output[2].cpu(), num_groups))
-        found[index] = margins
-
-    return keep
-
-
-def _routers(layer: nn.Module) -> list[nn.Module]:
-    """The router of a decoder layer, or none: what has both a weight and a number to choose.
-
-    Source: `Qwen3MoeTopKRouter` in transformers; routers of other families look the same.
-    """
-    routers = [
-        module
-        for module in layer.modules()
-        if hasattr(module, "top_k") and isinstance(getattr(module, "weight", None), torch.Tensor)
-    ]
-    assert len(routers) <= 1, "a decoder layer has one router"
-    return routers
-
-
-def router_margins(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """How far each token is from a choice of other experts.
-
-    Args:
-        logits: float32 [tokens, experts] of a router.
-        top_k: Experts of a token.
-
-    Returns:
-        [tokens], what lies between the lowest logit that was chosen and the highest that was not,
-        relative to the largest number among the token's logits; infinite where all are chosen.
-    """
-    if top_k >= logits.shape[-1]:
-        return torch.full(logits.shape[:1], torch.inf)
-    best = logits.topk(top_k + 1, dim=-1).values
-    largest = logits.abs().amax(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return (best[:, -2] - best[:, -1]) / largest
-
-
-def _margins_in_groups(scores: torch.Tensor, chosen: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """As `router_margins`, of the groups that a token's experts are in.
-
-    Args:
-        scores: float32 [tokens, experts].
-        chosen: int64 [tokens, top_k], the experts of each token.
-        num_groups: Groups of experts.
-    """
-    group_size = scores.shape[1] // num_groups
-    is_chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
-    has_chosen = is_chosen.view(len(scores), num_groups, group_size).any(-1)
-    is_near = has_chosen.repeat_interleave(group_size, dim=1) & ~is_chosen
-    lowest = scores.masked_fill(~is_chosen, torch.inf).amin(-1)
-    highest = scores.masked_fill(~is_near, -torch.inf).amax(-1)
-    return (lowest - highest) / scores.abs().amax(-1)
 
 
 def _load_model(folder: Path, dtype: torch.dtype, left_out: Sequence[str]) -> PreTrainedModel:
@@ -212,13 +178,13 @@ def _load_model(folder: Path, dtype: torch.dtype, left_out: Sequence[str]) -> Pr
         output_loading_info=True,
         **_without_quantization(folder),
     )
-    surplus = [
-        key
-        for key in found["unexpected_keys"]
-        if not any(re.fullmatch(pattern, key) for pattern in left_out)
-    ]
+    surplus = [key for key in found["unexpected_keys"] if not _is_left_out(key, left_out)]
     _refuse(folder, missing=found["missing_keys"], surplus=surplus)
     return model
+
+
+def _is_left_out(name: str, patterns: Sequence[str]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def _without_quantization(folder: Path) -> dict[str, Any]:
@@ -241,7 +207,9 @@ def _without_quantization(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _attach_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
+def _attach_adapter(
+    model: PreTrainedModel, folder: Path, left_out: Sequence[str]
+) -> peft.PeftModel:
     with warnings.catch_warnings():
         # They guess at what does not fit; here the keys say it.
         warnings.simplefilter("ignore")
@@ -250,7 +218,12 @@ def _attach_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
         # What `PeftModel.from_pretrained` does, but it returns the keys.
         found = adapted.load_adapter(str(folder), adapted.active_adapter)
     missing = [name for name in found.missing_keys if "lora_" in name]
-    _refuse(folder, missing=missing, surplus=found.unexpected_keys)
+    surplus = [
+        name
+        for name in found.unexpected_keys
+        if not _is_left_out(name.removeprefix("base_model.model."), left_out)
+    ]
+    _refuse(folder, missing=missing, surplus=surplus)
     return adapted
 
 

@@ -4,6 +4,7 @@ The one thing to know: the first rank alone reads texts, runs the Hugging Face m
 what comes out of that, a result or an error, all ranks get.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from safetensors import SafetensorError
 
 from mtrain.model.gpt import LanguageModel
 from mtrain.parallel import ParallelState
+from mtrain.verify.hf_next_tokens import missing_class
 from mtrain.verify.hf_outputs import hf_outputs, judge_device
 from mtrain.verify.megatron_outputs import megatron_outputs
-from mtrain.verify.precision import PrecisionReport, compare_outputs
-from mtrain.verify.texts import encode_texts
+from mtrain.verify.precision import ModelOutputs, compare_outputs
+from mtrain.verify.report import PrecisionReport
+from mtrain.verify.texts import TokenText, encode_texts
 
 # What transformers and PEFT raise for folders that they cannot make a model of.
 _LOADING_ERRORS = (
@@ -29,6 +32,7 @@ _LOADING_ERRORS = (
     ImportError,
     SafetensorError,
 )
+_PEFT_LEAVES_OUT = "PEFT leaves out the part of the adapter that changes it"
 
 
 def run_precision_test(
@@ -42,6 +46,7 @@ def run_precision_test(
     dtype: torch.dtype,
     stored_dtype: torch.dtype | None = None,
     left_out: Sequence[str] = (),
+    adapts_next_tokens: bool = False,
 ) -> PrecisionReport:
     """Compares loaded chunks with the Hugging Face model; every rank calls it.
 
@@ -56,6 +61,7 @@ def run_precision_test(
         dtype: What both models compute in.
         stored_dtype: What the weights of the chunks were rounded to; None if they were not.
         left_out: Patterns for the names of weights that the Hugging Face class does not have.
+        adapts_next_tokens: Whether the adapter changes multi-token prediction, which PEFT does not.
 
     Returns:
         The same report on every rank.
@@ -67,6 +73,10 @@ def run_precision_test(
     assert all(chunk.config.params_dtype == dtype for chunk in chunks)
     texts = _on_first_rank(lambda: encode_texts(tokenizer_folder, vocab_size=vocab_size), state)
     ours = megatron_outputs(chunks, texts, state=state)
+    num_next_tokens = chunks[0].config.mtp_num_layers or 0
+    problem = None
+    if num_next_tokens:
+        problem = _PEFT_LEAVES_OUT if adapts_next_tokens else missing_class()
 
     def compare() -> PrecisionReport:
         device = judge_device(hf_folder, dtype=dtype, device=state.device)
@@ -77,11 +87,26 @@ def run_precision_test(
             dtype=dtype,
             stored_dtype=stored_dtype,
             left_out=left_out,
+            num_next_tokens=0 if problem else num_next_tokens,
             device=device,
         )
-        return compare_outputs(ours, theirs, texts, dtype=dtype)
+        if problem is None:
+            return compare_outputs(ours, theirs, texts, dtype=dtype)
+        return _compare_without_next_tokens(ours, theirs, texts, dtype, problem)
 
     return _on_first_rank(compare, state)
+
+
+def _compare_without_next_tokens(
+    ours: Sequence[ModelOutputs],
+    theirs: Sequence[ModelOutputs],
+    texts: Sequence[TokenText],
+    dtype: torch.dtype,
+    problem: str,
+) -> PrecisionReport:
+    without = [dataclasses.replace(outputs, next_tokens=None) for outputs in ours]
+    not_compared = [f"multi-token prediction, because {problem}"]
+    return compare_outputs(without, theirs, texts, dtype=dtype, not_compared=not_compared)
 
 
 def _on_first_rank(work: Callable[[], Any], state: ParallelState) -> Any:

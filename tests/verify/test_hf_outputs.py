@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from mtrain.bridge.storage.fp8_blocks import Fp8Slices
 from mtrain.bridge.storage.quantization import Fp8Blocks
-from mtrain.verify.hf_outputs import hf_outputs, judge_device, router_margins
+from mtrain.verify.hf_outputs import check_class, hf_outputs, judge_device
+from mtrain.verify.layer_records import router_margins
 from mtrain.verify.texts import encode_texts
 from tests.bridge.storage.checkpoints import rewritten, tensors_of
 from tests.bridge.storage.quantized import quantized_copy
@@ -76,11 +77,19 @@ def test_margins_are_those_of_the_routers_and_infinite_elsewhere(folder, texts, 
         assert ours.router_margins[1].isinf().all()
 
 
-def test_a_margin_lies_between_the_last_chosen_and_the_first_not_chosen():
-    logits = torch.tensor([[1.0, -4.0, 3.0, 2.0], [5.0, 5.0, 5.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    torch.testing.assert_close(router_margins(logits, 2), torch.tensor([1 / 4, 0.0, 0.0]))
-    torch.testing.assert_close(router_margins(logits, 3), torch.tensor([5 / 4, 4 / 5, 0.0]))
-    assert router_margins(logits, 4).isinf().all()
+@pytest.mark.parametrize("name", ["qwen3", "glm4_moe"])
+def test_half_precision_outputs_are_those_of_the_class(name, texts, tmp_path):
+    """Nothing but weights is rounded: neither rotary frequencies nor biases that choose experts."""
+    folder = make_checkpoint(tmp_path, name)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    for text, ours in zip(
+        texts, hf_outputs(folder, texts, dtype=torch.bfloat16, device=CPU), strict=True
+    ):
+        with torch.no_grad():
+            expected = model(text.input_ids[None]).logits[0]
+        assert torch.equal(ours.logits, expected.float())
 
 
 def test_half_precision_outputs_are_float32_on_the_cpu(folder, texts):
@@ -181,3 +190,9 @@ def test_the_judge_runs_on_the_gpu_where_it_has_room(
     gpu = torch.device("cuda", 0)
     assert judge_device(tmp_path, dtype=dtype, device=gpu).type == chosen
     assert judge_device(tmp_path, dtype=dtype, device=CPU) == CPU
+
+
+def test_a_model_type_without_a_class_is_refused_with_what_cannot_be_compared():
+    check_class("deepseek_v3")
+    with pytest.raises(ValueError, match=r"no class for model type 'mimo'.*multi-token prediction"):
+        check_class("mimo")

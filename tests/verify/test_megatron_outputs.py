@@ -13,6 +13,11 @@ from mtrain.verify.texts import TokenText, encode_texts
 from tests.adapters import attached, plan_of, random_factors
 from tests.lora.peft_folders import write_adapter
 from tests.megatron import SINGLE, load_model
+from tests.next_tokens import (
+    make_checkpoint_with_next_tokens,
+    names_left_out,
+    with_second_layer,
+)
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
 
@@ -131,3 +136,43 @@ def test_the_model_is_left_as_it_was(judge):
     folder, texts, _ = judge("qwen2", torch.float32)
     results = run_ranks(LAYOUTS["pp2_vpp2"], modes_and_hooks, folder, texts)
     assert results == [([True, False], False)] * 2
+
+
+NEXT_TOKEN_CASES = [
+    *(("deepseek_v3", sizes) for sizes in (*LAYOUTS, "tp2_ep2_pp2")),
+    ("glm4_moe", "tp2_ep2_pp2"),
+    ("qwen3_next_moe", "pp2_vpp2"),
+    ("two_layers", "tp2_ep2_pp2"),
+]
+
+
+def outputs_with_next_tokens(state, folder, texts, num_next_tokens):
+    chunks = load_model(state, folder, num_next_tokens=num_next_tokens)
+    return megatron_outputs(chunks, texts, state=state)
+
+
+@pytest.mark.parametrize(("name", "sizes"), NEXT_TOKEN_CASES)
+def test_multi_token_prediction_equals_hugging_face(name, sizes, tmp_path):
+    """The layers sit on the last stage, with an embedding of their own if there are several."""
+    source = "deepseek_v3" if name == "two_layers" else name
+    folder, _ = make_checkpoint_with_next_tokens(tmp_path / "model", source)
+    number = 1
+    if name == "two_layers":
+        folder, number = with_second_layer(folder, tmp_path / "two"), 2
+    texts = shortened(encode_texts(folder, vocab_size=VOCAB))
+    theirs = hf_outputs(
+        folder,
+        texts,
+        dtype=torch.float32,
+        left_out=names_left_out(folder),
+        num_next_tokens=number,
+        device=torch.device("cpu"),
+    )
+    layout = (LAYOUTS | EXPERT_LAYOUTS)[sizes]
+    first, *others = run_ranks(layout, outputs_with_next_tokens, folder, texts, number)
+    report = compare_outputs(first, theirs, texts, dtype=torch.float32)
+    assert report.passed, "\n".join(report.table())
+    rows = [row for row in report.rows if "multi-token" in row.name]
+    assert len(rows) == 2 * 2 * number
+    assert max(row.max_relative for row in report.rows) < 2e-5
+    assert others == [[]] * (layout.world_size - 1)

@@ -15,6 +15,7 @@ from mtrain.verify.texts import encode_texts
 from tests.adapters import attached, plan_of, random_factors
 from tests.lora.peft_folders import write_adapter
 from tests.megatron import SINGLE, load_model
+from tests.next_tokens import make_checkpoint_with_next_tokens, names_left_out
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
 
@@ -22,7 +23,7 @@ VOCAB = 131
 FOUR_RANKS = ParallelLayout(world_size=4, tp_size=2, pp_size=2, ep_size=2)
 
 
-def precision(state, chunks, folder, dtype, adapter=None):
+def precision(state, chunks, folder, dtype, adapter=None, **options):
     return run_precision_test(
         chunks,
         state=state,
@@ -31,6 +32,7 @@ def precision(state, chunks, folder, dtype, adapter=None):
         tokenizer_folder=folder,
         vocab_size=VOCAB,
         dtype=dtype,
+        **options,
     )
 
 
@@ -271,6 +273,48 @@ def test_a_model_with_an_adapter_passes_and_without_it_fails(dtype, dense, tmp_p
     for with_it, without in run_ranks(layout, adapted_runs, dense, lora, values, adapter, dtype):
         assert with_it.passed, "\n".join(with_it.table())
         assert without.first_departure == "layer 0"
+
+
+def run_with_next_tokens(state, folder, lora, values, adapter, adapts_next_tokens):
+    chunks = attached(state, folder, lora, values, num_next_tokens=1)
+    return precision(
+        state,
+        chunks,
+        folder,
+        torch.float32,
+        adapter,
+        left_out=names_left_out(folder),
+        adapts_next_tokens=adapts_next_tokens,
+    )
+
+
+def adapter_of(folder, target, *names):
+    """An adapter of the model with multi-token prediction, of linears with these names."""
+    table, lora = plan_of(folder, num_next_tokens=1, target_modules=names)
+    values = random_factors(table, lora)
+    return lora, values, write_adapter(target, lora, table, values)
+
+
+def test_an_adapter_of_multi_token_prediction_is_not_compared_and_it_is_said(tmp_path):
+    folder, _ = make_checkpoint_with_next_tokens(tmp_path / "model", "deepseek_v3")
+    job = (folder, *adapter_of(folder, tmp_path / "adapter", "o_proj"), True)
+    (report,) = run_ranks(SINGLE, run_with_next_tokens, *job)
+    assert report.passed, "\n".join(report.table())
+    assert not any("multi-token" in row.name for row in report.rows)
+    assert report.table()[-2] == (
+        "NOT compared: multi-token prediction, because PEFT leaves out the part of the adapter "
+        "that changes it"
+    )
+
+
+def test_multi_token_prediction_behind_an_adapted_model_is_compared(tmp_path):
+    """It takes the hidden states that the adapter changed, and the head that it changed."""
+    folder, _ = make_checkpoint_with_next_tokens(tmp_path / "model", "glm4_moe")
+    adapted = adapter_of(folder, tmp_path / "adapter", "embed_tokens", "lm_head")
+    (report,) = run_ranks(SINGLE, run_with_next_tokens, folder, *adapted, False)
+    assert report.passed, "\n".join(report.table())
+    assert any("multi-token" in row.name for row in report.rows)
+    assert not report.not_compared
 
 
 def refused_run(state, folder, broken):
