@@ -3,6 +3,7 @@
 The judge is transformers, which loads what was saved and computes the loss that was logged.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -187,3 +188,44 @@ def test_conversion_keeps_multi_token_prediction(with_next_tokens, machine, tmp_
     # torch_dist has nothing twice.
     copies = {"model.layers.4.embed_tokens.weight", "model.layers.4.shared_head.head.weight"}
     assert before.keys() - after.keys() <= copies
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+def test_multi_token_prediction_takes_part_in_the_precision_test(name, machine, tmp_path):
+    """T46: there and back; on the way there on two stages, of which the last one has the layer."""
+    model, _ = make_checkpoint_with_next_tokens(tmp_path / "model", name)
+    there = ("--to_mcore", "true", "--output_dir", str(tmp_path / "mcore"))
+    back = ("--mcore_model", str(tmp_path / "mcore"), "--to_hf", "true")
+    back = (*back, "--output_dir", str(tmp_path / "hf"))
+    for words, num_stages in ((there, 2), (back, 1)):
+        done = machine.megatron(
+            *("export", "--model", str(model), *words, "--test_convert_precision", "true"),
+            *("--pipeline_model_parallel_size", str(num_stages)),
+            num_ranks=num_stages,
+        )
+        assert done.code == 0, done.stderr
+        report = json.loads((Path(words[-1]) / "precision.json").read_text())
+        names = [row["name"] for row in report["rows"] if not row["with_loss_mask"]]
+        assert names[-3:] == [
+            "logits",
+            "multi-token prediction layer 0",
+            "multi-token prediction logits 0",
+        ]
+        assert report["passed"]
+        assert report["not_compared"] == []
+        assert max(row["max_relative"] for row in report["rows"]) < 1e-5
+
+
+def test_multi_token_prediction_of_a_model_without_a_class_is_refused_in_one_line(
+    machine, tmp_path
+):
+    """Before anything is converted; without the test it is."""
+    model, _ = make_checkpoint_with_next_tokens(tmp_path / "model", "mimo")
+    output = tmp_path / "mcore"
+    words = ("export", "--model", str(model), "--to_mcore", "true", "--output_dir", str(output))
+    done = machine.megatron(*words, "--test_convert_precision", "true")
+    assert done.code != 0
+    (line,) = [line for line in done.stderr.splitlines() if "mimo" in line and "class" in line]
+    assert "neither its layers nor its multi-token prediction can be compared" in line
+    assert not output.exists()
+    assert machine.megatron(*words).code == 0

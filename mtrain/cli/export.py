@@ -102,8 +102,12 @@ def _check_hf_weights(config: ExportConfig, source: ModelSource) -> None:
     """Makes sure that the precision test will have a Hugging Face model to compare with.
 
     Raises:
-        ValueError: The folder of `--model` has no weights.
+        ValueError: transformers has no class for it, or the folder of `--model` has no weights.
     """
+    # Here, not above: a conversion starts faster without transformers.
+    from mtrain.verify.hf_outputs import check_class
+
+    check_class(source.hf_config["model_type"])
     has_adapter = config.tuner.adapters or config.tuner.mcore_adapter
     if config.export.to_mcore or (has_adapter and not config.tuner.merge_lora):
         open_checkpoint(source.folder)

@@ -25,8 +25,10 @@ from mtrain.cli.adapter_source import AdapterSource
 from mtrain.cli.loading import load_adapter, load_model, start_parallel
 from mtrain.cli.model_source import ModelSource
 from mtrain.config import ExportConfig, TrainingConfig
+from mtrain.lora.peft_config import next_tokens_problem
 from mtrain.parallel import World, destroy_parallel
 from mtrain.verify.precision_run import run_precision_test
+from mtrain.verify.report import PrecisionReport
 
 REPORT_FILE = "precision.json"
 
@@ -102,13 +104,19 @@ def check_conversion(
         stored_dtype=sides.stored_dtype,
         # With multi-token prediction left out they name it all: no class has it.
         left_out=[one.pattern for one in source.family.weight_table(source.hf_config).ignored],
+        adapts_next_tokens=sides.adapter is not None
+        and next_tokens_problem(sides.adapter.lora) is not None,
     )
     destroy_parallel()
     if world.is_first_rank:
-        print("\n".join(report.table()))
-        text = json.dumps(report.to_json(), indent=2, ensure_ascii=False)
-        write_atomically(folder / REPORT_FILE, text + "\n")
+        _publish(report, folder)
     return report.passed
+
+
+def _publish(report: PrecisionReport, folder: Path) -> None:
+    print("\n".join(report.table()))
+    text = json.dumps(report.to_json(), indent=2, ensure_ascii=False)
+    write_atomically(folder / REPORT_FILE, text + "\n")
 
 
 def _sides(
