@@ -8,12 +8,15 @@ but products are computed in that of the activations, as under torch's autocast.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from mtrain.lora.layers.fused import Dropped
+from mtrain.lora.layers.products import Scales, spread_out
 from mtrain.lora.plan import AdaptedLinear
 
 
@@ -24,8 +27,7 @@ class LoraFactors(torch.nn.Module):
         linear: What is adapted.
         a_shape: Local shape of `lora_a`: [(experts,) num_adapted * rank, in].
         b_shape: Local shape of `lora_b`: [(experts,) out, rank].
-        scales: float32 [out, num_adapted], the scale of each projection at the rows that belong to
-            it and 0 elsewhere; one number where all rows belong to one projection.
+        scales: See `Scales`; one number where all rows belong to one projection.
         dtype: Dtype of the factors.
         device: Where they are.
         dropout: Probability that an input of A is dropped in training.
@@ -64,25 +66,22 @@ class LoraFactors(torch.nn.Module):
         )
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors as the linear applies them.
+        """A [..., num_adapted * rank, in] and B [..., out, rank] as they are stored.
 
         Always call the module for them: data parallelism may still be gathering what the last step
         changed, and waits for it before a module is called.
-
-        Returns:
-            A [..., num_adapted * rank, in], and scaled B [..., out, num_adapted * rank].
         """
-        return self.lora_a, self._scaled_b(self.lora_b)
+        return self.lora_a, self.lora_b
 
-    def _scaled_b(self, lora_b: torch.Tensor) -> torch.Tensor:
-        """B with a column for every row of A, times its scale.
+    @property
+    def scaling(self) -> Scales:
+        """What B is multiplied with."""
+        return self.scales if self.scale is None else self.scale
 
-        A row of the result has the numbers of `lora_b` in the columns of its own projection and
-        zeros elsewhere, so that one product with A serves all projections.
-        """
-        if self.scale is not None:
-            return lora_b * self.scale
-        return (lora_b.unsqueeze(-2) * self.scales.unsqueeze(-1)).flatten(-2)
+    @property
+    def sends_nothing(self) -> bool:
+        """Whether no rank of the group needs activations of another for this adapter."""
+        return self.is_local or self.group.size() == 1
 
     def down(
         self, activations: torch.Tensor, lora_a: torch.Tensor, *, is_split: bool
@@ -95,17 +94,34 @@ class LoraFactors(torch.nn.Module):
             is_split: Whether ranks of the group have different activations, and therefore need
                 different random numbers for dropout.
         """
-        dropped = self.drop(activations, is_split=is_split)
-        return F.linear(dropped, lora_a.to(activations.dtype))
+        if self.dropout and self.training:
+            with self._random_numbers(is_split=is_split):
+                activations = F.dropout(activations, self.dropout)
+        return F.linear(activations, lora_a.to(activations.dtype))
 
-    def drop(self, activations: torch.Tensor, *, is_split: bool) -> torch.Tensor:
-        """Dropout on what A is applied to."""
+    @torch.no_grad()
+    def dropped(self, activations: torch.Tensor, *, is_split: bool) -> Dropped | None:
+        """What dropout leaves of the input of A, for a function with a backward of its own.
+
+        The random numbers are those that `down` draws.
+
+        Args:
+            activations: [..., in].
+            is_split: See `down`.
+
+        Returns:
+            None where nothing is dropped.
+        """
         if not (self.dropout and self.training):
-            return activations
+            return None
+        with self._random_numbers(is_split=is_split):
+            values, mask = torch.native_dropout(activations, self.dropout, True)
+        return Dropped(values=values, mask=mask, scale=1 / (1 - self.dropout))
+
+    def _random_numbers(self, *, is_split: bool) -> AbstractContextManager:
         if is_split and self.group.size() > 1:
-            with get_cuda_rng_tracker().fork():
-                return F.dropout(activations, self.dropout)
-        return F.dropout(activations, self.dropout)
+            return get_cuda_rng_tracker().fork()
+        return nullcontext()
 
     @torch.no_grad()
     def merged(self, weight: torch.Tensor, expert: int | None) -> torch.Tensor:
@@ -118,7 +134,8 @@ class LoraFactors(torch.nn.Module):
         lora_a, lora_b = self.lora_a.float(), self.lora_b.float()
         if expert is not None:
             lora_a, lora_b = lora_a[expert], lora_b[expert]
-        delta = self._scaled_b(lora_b) @ lora_a
+        wide_b, scale = spread_out(lora_b, self.scaling, torch.float32)
+        delta = wide_b * scale @ lora_a
         if self.kind == "embedding":
             delta = delta.t()
         return (weight.float() + delta).to(weight.dtype)
@@ -126,21 +143,3 @@ class LoraFactors(torch.nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
         """Moves, but keeps dtypes: half-precision wrappers cast whole models."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
-
-
-def add_up(output: torch.Tensor, low_rank: torch.Tensor, scaled_b: torch.Tensor) -> torch.Tensor:
-    """Applies B and adds the result, in one product that reads and writes the output once.
-
-    Args:
-        output: [..., out], of the linear itself.
-        low_rank: [..., num_adapted * rank], from `LoraFactors.down`.
-        scaled_b: [out, num_adapted * rank].
-
-    Returns:
-        [..., out].
-    """
-    scaled_b = scaled_b.to(low_rank.dtype)
-    if output.dtype != low_rank.dtype:
-        return output + F.linear(low_rank, scaled_b).to(output.dtype)
-    rows = torch.addmm(output.flatten(0, -2), low_rank.flatten(0, -2), scaled_b.t())
-    return rows.view_as(output)

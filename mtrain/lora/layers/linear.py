@@ -5,6 +5,9 @@ linear holds all of A and its own rows of B; a row-parallel one its own columns 
 Factors that every rank holds are marked for Megatron-Core's gradient reduction where the ranks saw
 different parts of the sequence (`mtrain.lora.layers.attach`).
 
+Where nothing is communicated inside a linear of Megatron-Core, it and its adapter are one function
+(`mtrain.lora.layers.fused`), and the forward pass of the base class is not called.
+
 A live module takes the subclass as its class, for which Python wants a subclass with one base:
 hence functions that make one, and not mixins.
 """
@@ -17,20 +20,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.mlp import MLP
-from torch.nn.functional import grouped_mm
 
-from mtrain.lora.layers.factors import LoraFactors, add_up
+from mtrain.lora.layers.factors import LoraFactors
+from mtrain.lora.layers.fused import frozen_linear
+from mtrain.lora.layers.grouped import frozen_grouped_linear
+from mtrain.lora.layers.products import add_up
 
 
 @cache
 def adapt_column_linear(base: type) -> type:
     """A column-parallel linear, Megatron-Core's or Transformer Engine's, with an adapter."""
+    is_plain = issubclass(base, ColumnParallelLinear)
 
     class AdaptedColumnLinear(base):
         adapter: LoraFactors
@@ -39,6 +47,10 @@ def adapt_column_linear(base: type) -> type:
             self, input_: torch.Tensor, *args: Any, **kwargs: Any
         ) -> tuple[torch.Tensor, Any]:
             """[seq (/ tp_size), batch, in] -> [seq, batch, out / tp_size]."""
+            if is_plain and self.adapter.sends_nothing:
+                weight = _weight(self, *args, **kwargs)
+                if _is_frozen(weight, self.bias, input_):
+                    return _fused(self, weight, input_, is_split=False)
             output, bias, *normalised = super().forward(input_, *args, **kwargs)
             # Transformer Engine's norm is inside the linear; attach asked for what it gives, which
             # comes with the output or, where there is a bias to return, behind it.
@@ -47,7 +59,7 @@ def adapt_column_linear(base: type) -> type:
             if normalised:
                 (input_,) = normalised
             adapter = self.adapter
-            lora_a, scaled_b = adapter()
+            lora_a, lora_b = adapter()
             is_split = adapter.is_sequence_parallel and not adapter.is_local
             low_rank = adapter.down(input_, lora_a, is_split=is_split)
             if is_split:
@@ -56,40 +68,64 @@ def adapt_column_linear(base: type) -> type:
                 )
             elif adapter.group.size() > 1 and not adapter.is_local:
                 low_rank = copy_to_tensor_model_parallel_region(low_rank, group=adapter.group)
-            return add_up(output, low_rank, scaled_b), bias
+            return add_up(output, low_rank, lora_b, adapter.scaling), bias
 
     return AdaptedColumnLinear
+
+
+def _weight(
+    linear: ColumnParallelLinear,
+    weight: torch.Tensor | None = None,
+    runtime_gather_output: bool | None = None,
+) -> torch.Tensor:
+    """The weight that a column-parallel linear is called with; takes the rest of its arguments."""
+    return linear.weight if weight is None else weight
 
 
 @cache
 def adapt_row_linear(base: type) -> type:
     """A row-parallel linear with an adapter."""
+    is_plain = issubclass(base, RowParallelLinear)
 
     class AdaptedRowLinear(base):
         adapter: LoraFactors
 
         def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, Any]:
             """[seq, batch, in / tp_size] -> [seq (/ tp_size), batch, out]."""
-            output, bias = super().forward(input_)
             adapter = self.adapter
-            lora_a, scaled_b = adapter()
-            low_rank = adapter.down(input_, lora_a, is_split=True)
-            return add_up(output, _reduced(low_rank, adapter), scaled_b), bias
+            is_alone = is_plain and adapter.sends_nothing
+            if is_alone and _is_frozen(self.weight, self.bias, input_):
+                return _fused(self, self.weight, input_, is_split=True)
+            output, bias = super().forward(input_)
+            lora_a, lora_b = adapter()
+            low_rank = _reduced(adapter.down(input_, lora_a, is_split=True), adapter)
+            return add_up(output, low_rank, lora_b, adapter.scaling), bias
 
     return AdaptedRowLinear
 
 
 @cache
 def adapt_replicated_linear(base: type) -> type:
-    """A linear that every rank holds whole and applies to its part of the sequence."""
+    """A linear that every rank holds whole and applies to its part of the sequence.
+
+    It is `mtrain.model.replicated.ReplicatedLinear` on both backends, which has no bias.
+    """
 
     class AdaptedReplicatedLinear(base):
         adapter: LoraFactors
 
-        def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
             """[seq (/ tp_size), batch, in] -> [seq (/ tp_size), batch, out]."""
-            output, bias = super().forward(input_)
-            return _adapted(output, input_, self.adapter), bias
+            adapter = self.adapter
+            if not _is_frozen(self.weight, None, input_):
+                output, _ = super().forward(input_)
+                return _adapted(output, input_, adapter), None
+            dropped = adapter.dropped(input_, is_split=adapter.is_sequence_parallel)
+            scales = adapter.scaling
+            output = frozen_linear(
+                input_, self.weight, None, *adapter(), scales=scales, dropped=dropped
+            )
+            return output, None
 
     return AdaptedReplicatedLinear
 
@@ -151,12 +187,12 @@ def adapt_embedding(base: type) -> type:
             adapter = self.adapter
             outside = (input_ < self.vocab_start_index) | (input_ >= self.vocab_end_index)
             local = (input_ - self.vocab_start_index).masked_fill(outside, 0)
-            lora_a, scaled_b = adapter()
+            lora_a, lora_b = adapter()
             columns = lora_a.to(output.dtype).t()
             low_rank = F.embedding(local, columns).masked_fill(outside.unsqueeze(-1), 0)
             if adapter.is_sequence_parallel:
                 low_rank = low_rank.transpose(0, 1).contiguous()
-            return add_up(output, _reduced(low_rank, adapter), scaled_b)
+            return add_up(output, _reduced(low_rank, adapter), lora_b, adapter.scaling)
 
     return AdaptedEmbedding
 
@@ -175,33 +211,58 @@ def adapt_grouped_linear(base: type) -> type:
 
         def forward(self, tokens: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
             """Rows sorted by expert [rows, in] and the end of each expert's rows -> [rows, out]."""
-            output = super().forward(tokens, ends)
             adapter = self.adapter
-            lora_a, scaled_b = adapter()
+            lora_a, lora_b = adapter()
             if tokens.shape[0] == 0:
                 # Both still take part, so that their gradients are zero and not missing.
-                return output + (lora_a.sum() + scaled_b.sum()).to(output.dtype) * 0
+                nothing = (lora_a.sum() + lora_b.sum()) * 0
+                return super().forward(tokens, ends) + nothing.to(tokens.dtype)
             if adapter.group.size() > 1:
                 if self.weight.partition_dim == 2:
-                    scaled_b = copy_to_tensor_model_parallel_region(scaled_b, group=adapter.group)
+                    lora_b = copy_to_tensor_model_parallel_region(lora_b, group=adapter.group)
                 else:
                     lora_a = copy_to_tensor_model_parallel_region(lora_a, group=adapter.group)
-            # Grouped products on GPUs want rows of a multiple of 16 bytes.
-            missing = -lora_a.shape[1] % 8
-            lora_a = F.pad(lora_a.to(tokens.dtype), (0, 0, 0, missing))
-            scaled_b = F.pad(scaled_b.to(tokens.dtype), (0, missing))
-            dropped = adapter.drop(tokens, is_split=True)
-            low_rank = grouped_mm(dropped, lora_a.transpose(1, 2), offs=ends)
-            return output + grouped_mm(low_rank, scaled_b.transpose(1, 2), offs=ends)
+            assert not self.weight.requires_grad, "experts with adapters are frozen"
+            dropped = adapter.dropped(tokens, is_split=True)
+            scales = adapter.scaling
+            return frozen_grouped_linear(
+                tokens, ends, self.weight, lora_a, lora_b, scales=scales, dropped=dropped
+            )
 
     return AdaptedGroupedLinear
 
 
+def _is_frozen(weight: torch.Tensor, bias: torch.Tensor | None, input_: torch.Tensor) -> bool:
+    """Whether a linear without communication inside is what `frozen_linear` computes."""
+    is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return not is_trained and input_.dtype == weight.dtype
+
+
+def _fused(
+    linear: ColumnParallelLinear | RowParallelLinear,
+    weight: torch.Tensor,
+    input_: torch.Tensor,
+    *,
+    is_split: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the linear returns, with its adapter in it."""
+    adapter = linear.adapter
+    output = frozen_linear(
+        input_,
+        weight,
+        None if linear.skip_bias_add else linear.bias,
+        *adapter(),
+        scales=adapter.scaling,
+        dropped=adapter.dropped(input_, is_split=is_split),
+    )
+    return output, linear.bias if linear.skip_bias_add else None
+
+
 def _adapted(output: torch.Tensor, input_: torch.Tensor, adapter: LoraFactors) -> torch.Tensor:
     """Adds the adapter to an output where every rank holds both factors whole."""
-    lora_a, scaled_b = adapter()
+    lora_a, lora_b = adapter()
     low_rank = adapter.down(input_, lora_a, is_split=adapter.is_sequence_parallel)
-    return add_up(output, low_rank, scaled_b)
+    return add_up(output, low_rank, lora_b, adapter.scaling)
 
 
 def _reduced(low_rank: torch.Tensor, adapter: LoraFactors) -> torch.Tensor:

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from mtrain.bridge.rules import HFTensor, Interleaved, Rule
-from mtrain.lora.layers.factors import LoraFactors, add_up
+from mtrain.lora.layers.factors import LoraFactors
+from mtrain.lora.layers.products import add_up, spread_out
 from mtrain.lora.plan import AdaptedLinear, Adapter
 
 QKV = Rule(
@@ -64,8 +65,10 @@ def delta_row_by_row(factors):
 
 def test_each_row_meets_the_a_of_its_own_projection():
     factors = make_factors()
-    lora_a, scaled_b = factors()
-    delta = scaled_b @ lora_a
+    lora_a, lora_b = factors()
+    with torch.no_grad():
+        wide_b, scale = spread_out(lora_b, factors.scaling, torch.float32)
+        delta = scale * wide_b @ lora_a
     torch.testing.assert_close(delta, delta_row_by_row(factors))
     assert not delta[2].any(), "a projection without adapter got something"
 
@@ -73,19 +76,10 @@ def test_each_row_meets_the_a_of_its_own_projection():
 def test_down_and_up_apply_the_delta():
     factors = make_factors()
     activations, output = torch.randn(5, 1, 6), torch.randn(5, 1, 8)
-    lora_a, scaled_b = factors()
-    ours = add_up(output, factors.down(activations, lora_a, is_split=False), scaled_b)
     expected = output + F.linear(activations, delta_row_by_row(factors))
-    torch.testing.assert_close(ours, expected)
-
-
-def test_an_output_of_another_dtype_keeps_its_dtype():
-    """Routers give float32 logits for half-precision activations."""
-    factors = make_factors()
-    lora_a, scaled_b = factors()
-    low_rank = factors.down(torch.randn(5, 1, 6).bfloat16(), lora_a, is_split=False)
-    assert low_rank.dtype == torch.bfloat16
-    assert add_up(torch.randn(5, 1, 8), low_rank, scaled_b).dtype == torch.float32
+    lora_a, lora_b = factors()
+    low_rank = factors.down(activations, lora_a, is_split=False)
+    torch.testing.assert_close(add_up(output, low_rank, lora_b, factors.scaling), expected)
 
 
 def test_casting_the_model_leaves_the_factors_alone():
@@ -100,10 +94,26 @@ def test_casting_the_model_leaves_the_factors_alone():
 def test_dropout_is_for_training_only():
     factors = make_factors(dropout=0.5)
     activations = torch.ones(100, 6)
-    dropped = factors.drop(activations, is_split=True)
-    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    values, mask, scale = factors.dropped(activations, is_split=True)
+    assert set(values.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(values, activations * mask * scale)
     factors.eval()
-    assert torch.equal(factors.drop(activations, is_split=True), activations)
+    assert factors.dropped(activations, is_split=True) is None
+
+
+def test_both_kinds_of_dropout_drop_the_same():
+    """What is one function on one rank is several on two."""
+    factors = make_factors(dropout=0.3)
+    activations = torch.randn(100, 6, requires_grad=True)
+    torch.manual_seed(3)
+    low_rank = factors.down(activations, factors.lora_a, is_split=True)
+    torch.manual_seed(3)
+    values, mask, scale = factors.dropped(activations, is_split=True)
+    assert torch.equal(low_rank, F.linear(values, factors.lora_a))
+    (grad,) = torch.autograd.grad(low_rank.sum(), activations)
+    expected = factors.lora_a.sum(0) * mask * scale
+    torch.testing.assert_close(grad, expected)
+    assert not values.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,11 +3,15 @@
 import pytest
 import torch
 from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mtrain.lora.layers.linear import adapt_column_linear
+from mtrain.lora.layers.linear import adapt_column_linear, adapt_row_linear
 from tests.adapters import attached, plan_of, random_factors
 from tests.lora.layers.test_factors import make_factors
 from tests.megatron import SINGLE, packed_inputs
@@ -153,3 +157,108 @@ def test_with_a_norm_inside_a_is_applied_to_what_the_norm_gives(returns_bias):
     expected = 2.0 * (tokens / 2) @ module.adapter.lora_a.t() @ module.adapter.lora_b.t()
     torch.testing.assert_close(output, expected)
     assert (bias is not None) == returns_bias
+
+
+def linear_of(state, kind, *, skip_bias_add=False):
+    """A frozen linear of Megatron-Core and the class that it has with an adapter."""
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=1, perform_initialization=False
+    )
+    classes = {"column": ColumnParallelLinear, "row": RowParallelLinear}
+    is_parallel = {"input_is_parallel": True} if kind == "row" else {}
+    linear = classes[kind](
+        6,
+        8,
+        config=config,
+        init_method=None,
+        bias=True,
+        skip_bias_add=skip_bias_add,
+        tp_group=state.groups.tp,
+        **is_parallel,
+    )
+    torch.nn.init.normal_(linear.weight)
+    torch.nn.init.normal_(linear.bias)
+    linear.requires_grad_(False)
+    adapt = adapt_column_linear if kind == "column" else adapt_row_linear
+    return linear, adapt(type(linear))
+
+
+def give_adapter(linear, adapted):
+    linear.adapter = make_factors()
+    linear.__class__ = adapted
+
+
+def fused_and_not(state, kind, skip_bias_add):
+    """(output, bias, gradients, whether the base ran) in one function and, as if the bias were
+    trained, in several."""
+    results = []
+    for is_fused in (True, False):
+        torch.manual_seed(1)
+        linear, adapted = linear_of(state, kind, skip_bias_add=skip_bias_add)
+        give_adapter(linear, adapted)
+        linear.bias.requires_grad_(not is_fused)
+        calls = []
+        linear._forward_impl = lambda calls=calls, linear=linear, **options: (
+            calls.append(None) or type(linear)._forward_impl(linear, **options)
+        )
+        tokens = torch.randn(5, 2, 6, requires_grad=True)
+        output, bias = linear(tokens)
+        output.square().sum().backward()
+        gradients = [t.grad for t in (tokens, *linear.adapter.parameters())]
+        bias = bias if bias is None else bias.detach()
+        results.append((output.detach(), bias, gradients, bool(calls)))
+    return results
+
+
+@pytest.mark.parametrize("skip_bias_add", [False, True])
+@pytest.mark.parametrize("kind", ["column", "row"])
+def test_a_linear_on_one_rank_computes_the_same_in_one_function(kind, skip_bias_add):
+    ((fused, several),) = run_ranks(SINGLE, fused_and_not, kind, skip_bias_add)
+    assert not fused[-1]
+    assert several[-1]
+    torch.testing.assert_close(fused[:-1], several[:-1])
+    assert (fused[1] is not None) == skip_bias_add
+
+
+def with_another_weight(state):
+    linear, adapted = linear_of(state, "column")
+    give_adapter(linear, adapted)
+    tokens, weight = torch.randn(5, 2, 6), torch.randn(8, 6)
+    output, _ = linear(tokens, weight=weight, runtime_gather_output=True)
+    linear.weight.copy_(weight)
+    return torch.equal(output, linear(tokens)[0])
+
+
+def test_a_linear_with_a_tied_weight_uses_that():
+    """The output layer of a model whose embedding is its weight."""
+    assert run_ranks(SINGLE, with_another_weight) == [True]
+
+
+def recomputed_input(state, kind):
+    """Gradients where the input is thrown away and made again for backward, and where it is not."""
+    torch.manual_seed(1)
+    linear, adapted = linear_of(state, kind)
+    give_adapter(linear, adapted)
+    tokens = torch.randn(5, 2, 6, requires_grad=True)
+    results = []
+    for is_recomputed in (False, True):
+        if is_recomputed:
+            recompute = CheckpointWithoutOutput()
+            output, _ = linear(recompute.checkpoint(torch.tanh, tokens))
+            output = output * 1
+            recompute.discard_output_and_register_recompute(output)
+        else:
+            output, _ = linear(tokens.tanh())
+        trained = (tokens, *linear.adapter.parameters())
+        for tensor in trained:
+            tensor.grad = None
+        output.sum().backward()
+        results.append([tensor.grad.clone() for tensor in trained])
+    return results
+
+
+@pytest.mark.parametrize("kind", ["column", "row"])
+def test_an_input_may_be_thrown_away_and_made_again(kind):
+    """What Megatron-Core does with norms and activations in selective recomputation."""
+    ((kept, made_again),) = run_ranks(SINGLE, recomputed_input, kind)
+    assert all(map(torch.equal, kept, made_again))
