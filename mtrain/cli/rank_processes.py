@@ -49,19 +49,14 @@ class RankProcesses:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.end, signal.SIGKILL)
             for environ in self._environs:
-                self._processes.append(
-                    subprocess.Popen(
-                        self._command,
-                        env=environ,
-                        stdin=subprocess.DEVNULL,
-                        start_new_session=True,
-                    )
+                process = subprocess.Popen(
+                    self._command, env=environ, stdin=subprocess.DEVNULL, start_new_session=True
                 )
-        except BaseException:
-            self.end(signal.SIGKILL)
-            raise
+                self._processes.append(process)
+            undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

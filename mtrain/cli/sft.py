@@ -104,9 +104,7 @@ def run(config: SftConfig, here: Placement, clock: StartClock) -> int:
     output_dir = Path(config.checkpoint.output_dir).expanduser()
     if point is not None and point.trainer.step >= total_steps:
         _say(world, finished_notice(point, total_steps=total_steps))
-        if world.is_first_rank and continues_in(output_dir, point.folder):
-            # Nobody goes on in this run any more, who would do it.
-            remove_leftovers(point.folder.parent)
+        _tidy_up(world, point, output_dir)
         return _end(0)
 
     bare, trained = _load(config, inputs, state, backend=backend, point=point, clock=clock)
@@ -159,6 +157,12 @@ def _wrap(
         batches=train_data.plan,
         total_steps=total_steps,
     )
+
+
+def _tidy_up(world: World, point: ResumePoint, output_dir: Path) -> None:
+    """What is left of a finished run: nobody goes on in it any more, who would do it."""
+    if world.is_first_rank and continues_in(output_dir, point.folder):
+        remove_leftovers(point.folder.parent)
 
 
 def _end(code: int) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mtrain.data.formats import Conversation
-from mtrain.data.storage import IGNORED
+from mtrain.data.storage import IGNORED, Encoded
 from mtrain.data.template import ChatTemplate, Rendered, SampleRefused, load_tokenizer
 
 __all__ = [
@@ -40,16 +40,6 @@ class EncodeSettings:
     enable_thinking: bool | None
     max_length: int | None
     truncation_strategy: str
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A training sample. `input_ids` and `labels` are int32 [length]."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    place: str
-    truncated: bool
 
 
 class Why(Enum):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mtrain.data.encode import Drop, Encoded, Why
-from mtrain.data.storage import IGNORED
+from mtrain.data.encode import Drop, Why
+from mtrain.data.storage import IGNORED, Encoded
 
 __all__ = ["PreparationReport", "SplitReport", "Tally"]
 

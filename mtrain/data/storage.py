@@ -11,15 +11,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow
 
-if TYPE_CHECKING:
-    from mtrain.data.encode import Encoded
-
-__all__ = ["IGNORED", "Sample", "TokenizedDataset", "write_samples"]
+__all__ = ["IGNORED", "Encoded", "Sample", "TokenizedDataset", "write_samples"]
 
 # The label of a position without loss.
 IGNORED = -100
@@ -42,6 +38,16 @@ _SCHEMA = pyarrow.schema(
     },
     metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A sample to be stored. `input_ids` and `labels` are int32 [length]."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    place: str
+    truncated: bool
 
 
 def write_samples(folder: Path, chunks: Iterable[Sequence[Encoded]]) -> None:
