@@ -36,6 +36,7 @@ def load_model(
     weights: StoredWeights | None = None,
     sequence_parallel: bool | None = None,
     num_next_tokens: int = 0,
+    fuses_rope: bool = True,
 ) -> list[LanguageModel]:
     """The chunks of this rank with the weights of a checkpoint, or with others that fit it."""
     hf_config = read_config(folder)
@@ -52,9 +53,8 @@ def load_model(
         training=training or TrainingConfig(),
         moe=moe or MoEConfig(),
         dtype=dtype,
-        backend=backend,
     )
-    chunks = build_model(described, config, state, backend=backend)
+    chunks = build_model(described, config, state, backend=backend, fuses_rope=fuses_rope)
     load_weights(
         chunks,
         weights or arranged(open_checkpoint(folder), table),

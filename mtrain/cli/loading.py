@@ -79,9 +79,14 @@ def load_model(
         training=training,
         moe=config.moe,
         dtype=dtype,
-        backend=backend,
     )
-    chunks = build_model(described, model_config, state, backend=backend)
+    chunks = build_model(
+        described,
+        model_config,
+        state,
+        backend=backend,
+        fuses_rope=config.model.apply_rope_fusion,
+    )
     if built is not None:
         built()
     load_weights(

@@ -241,7 +241,7 @@ def _load(
     if adapter is None:
         names = hf_names(source.table, backend=backend)
         count = freeze_parameters(chunks, tuner=config.tuner, state=state, hf_names=names)
-        if backend == "te" and config.model.gradient_accumulation_fusion:
+        if config.model.gradient_accumulation_fusion:
             fuse_weight_gradients(chunks)
         return chunks, f"{count:,} weights"
     load_adapter(

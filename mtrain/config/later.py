@@ -113,8 +113,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "check_model": "the headers of all files are always checked, without asking a hub",
     "masked_softmax_fusion": "the kernels of the backend decide; the numbers are the same",
     "bias_dropout_fusion": "without biases and dropout one addition is left, which is not fused",
-    "apply_rope_fusion": "the kernels of the backend decide; the numbers are the same",
-    "gradient_accumulation_fusion": "the kernels of the backend decide; the numbers are the same",
     "cross_entropy_loss_fusion": "there is one cross-entropy, and it is fused",
     "cross_entropy_fusion_impl": "there is one cross-entropy, and it is fused",
     "batch_p2p_comm": "follows from --overlap_p2p_comm",

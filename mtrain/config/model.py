@@ -66,7 +66,9 @@ class ModelConfig:
     masked_softmax_fusion: bool = flag(True, "Fused softmax of unfused attention, where it exists.")
     bias_dropout_fusion: bool = flag(True, "Fuse bias, dropout and residual.")
     bias_activation_fusion: bool = flag(True, "Fuse bias and activation of the MLP.")
-    apply_rope_fusion: bool = flag(False, "Fused rotary embedding, where the kernel exists.")
+    apply_rope_fusion: bool = flag(
+        True, "Split, norm and rotate queries and keys in one kernel, on GPUs."
+    )
     gradient_accumulation_fusion: bool = flag(
         True, "Accumulate weight gradients inside the matrix product, where the kernel exists."
     )

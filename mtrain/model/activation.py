@@ -10,8 +10,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl, weighted_bias_swiglu_impl
 from megatron.core.jit import jit_fuser
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mtrain.platform.device import has_triton
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -65,6 +68,25 @@ def gated(
         config.activation_func_clamp_value,
         config.glu_linear_offset,
     )
+
+
+def swiglu(hidden: torch.Tensor, probs: torch.Tensor | None = None) -> torch.Tensor:
+    """SiLU of the gate times the other half, in one kernel.
+
+    Args:
+        hidden: [..., 2 * inner], gates first.
+        probs: [...], what each row is multiplied with; None for 1.
+
+    Returns:
+        [..., inner] in the dtype of `hidden`.
+    """
+    if hidden.is_cuda and has_triton():
+        from mtrain.model.kernels import swiglu as kernels
+
+        return kernels.swiglu(hidden, probs)
+    if probs is None:
+        return bias_swiglu_impl(hidden, None)
+    return weighted_bias_swiglu_impl(hidden, None, probs.unsqueeze(-1))
 
 
 @jit_fuser

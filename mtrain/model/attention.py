@@ -3,7 +3,7 @@
 The one thing to know: the layout stays `[seq, batch, heads, head_dim]` also when documents are
 packed (`qkv_format == "sbhd"` with `cu_seqlens_q` set). Cosines and sines are picked for every
 token by its position once, before the layers run, so no layer has to cut the sequence into
-documents for them.
+documents for them. Both backends rotate that way.
 """
 
 import math
@@ -21,17 +21,41 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from mtrain.model.flash import FlashArguments, flash_attention
+from mtrain.model.norm import RMSNorm
 from mtrain.model.rope import rotate
+from mtrain.platform.device import has_triton
 
 
 class RotarySelfAttention(SelfAttention):
-    """Self-attention whose rotary embedding is one fused kernel and needs no document bounds.
+    """Self-attention whose rotary embedding needs no document bounds.
+
+    On a GPU the step from the product of `linear_qkv` to queries, keys and values is one kernel
+    where `fuses_rope` asks for it: heads are taken apart, normed and rotated. Elsewhere, and for
+    interleaved ropes and gated attention, Megatron-Core does the former and a compiled function
+    rotates.
 
     Instead of angles it takes `rotary_pos_emb` from `RotaryEmbedding`, or None for no rotation:
     cosines and sines of every token, float32 [2, seq, 1, 1, dim]. For a model with two ropes it is
     the pair of layers without and with a sliding window: a tuple or, where layers are recomputed
     (Megatron-Core saves tensors and no tuples), one tensor [2, 2, seq, 1, 1, dim].
+
+    Args:
+        *args: Of Megatron-Core's self-attention.
+        fuses_rope: Whether to use the kernel where it can be used.
+        **kwargs: As `args`.
     """
+
+    def __init__(self, *args: Any, fuses_rope: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        self.fuses_rope = (
+            fuses_rope
+            and has_triton()
+            and not config.rotary_interleaved
+            and not config.attention_output_gate
+            # Megatron-Core gathers heads that ranks share.
+            and config.num_query_groups >= self.world_size
+        )
 
     def forward(
         self,
@@ -47,15 +71,43 @@ class RotarySelfAttention(SelfAttention):
         self._cosines_and_sines = None
         return output
 
-    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    def get_query_key_value_tensors(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, ...]:
         """Queries and keys rotated; values, and the gate if there is one, as they are.
 
         Each [seq, batch, heads, head_dim].
         """
-        query, key, *others = super().get_query_key_value_tensors(*args, **kwargs)
+        if self.fuses_rope and hidden_states.is_cuda:
+            return self._fused(hidden_states)
+        query, key, *others = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         if self._cosines_and_sines is not None:
             query, key = rotate(query, key, self._cosines_and_sines, self.config.rotary_interleaved)
         return query, key, *others
+
+    def _fused(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        from mtrain.model.kernels.query_key_value import split_norm_rotate
+
+        mixed, _ = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
+        groups = self.num_query_groups_per_partition
+        has_norm = isinstance(self.q_layernorm, RMSNorm)
+        norm = {}
+        if has_norm:
+            norm = {
+                "eps": self.q_layernorm.eps,
+                "is_zero_centered": self.q_layernorm.is_zero_centered,
+            }
+        return split_norm_rotate(
+            mixed,
+            self._cosines_and_sines,
+            # Called, because data parallelism may still be gathering what the last step changed.
+            self.q_layernorm(None) if has_norm else None,
+            self.k_layernorm(None) if has_norm else None,
+            num_groups=groups,
+            queries_per_group=self.num_attention_heads_per_partition // groups,
+            head_dim=self.hidden_size_per_attention_head,
+            **norm,
+        )
 
     def _choose(
         self, rotary: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None

@@ -11,9 +11,10 @@ from megatron.core.extensions.transformer_engine_spec_provider import TESpecProv
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
@@ -38,8 +39,10 @@ from megatron.core.transformer.transformer_layer import (
 from mtrain.bridge.family import LayerArguments
 from mtrain.model.attention import PackedAttention, RotarySelfAttention
 from mtrain.model.delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from mtrain.model.dispatch import ExpertLayer
 from mtrain.model.experts import GroupedExperts
 from mtrain.model.latent_attention import LatentSelfAttention
+from mtrain.model.mlp import GatedMLP
 from mtrain.model.next_tokens import NextTokenLayer
 from mtrain.model.norm import RMSNorm, norm_class
 from mtrain.model.residual import NormedResidual
@@ -128,7 +131,7 @@ def block_spec(
     provider: Provider,
     *,
     layers: LayerArguments,
-    has_fused_rope: bool,
+    fuses_rope: bool,
     vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
     """Specs of the layers of one pipeline chunk, dense or mixture-of-experts each, and its norm.
@@ -137,7 +140,7 @@ def block_spec(
         config: Model shape.
         provider: Modules of the backend.
         layers: What else the layers are made of.
-        has_fused_rope: See `layer_spec`.
+        fuses_rope: See `layer_spec`.
         vp_stage: Virtual pipeline stage, if there are any.
     """
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
@@ -150,7 +153,7 @@ def block_spec(
             layers=layers,
             is_moe=is_moe[number],
             is_delta_net=number in layers.delta_net_layers,
-            has_fused_rope=has_fused_rope,
+            fuses_rope=fuses_rope,
         )
         for number in range(first, first + num_layers)
     ]
@@ -158,7 +161,7 @@ def block_spec(
 
 
 def next_tokens_spec(
-    config: TransformerConfig, provider: Provider, *, layers: LayerArguments, has_fused_rope: bool
+    config: TransformerConfig, provider: Provider, *, layers: LayerArguments, fuses_rope: bool
 ) -> ModuleSpec:
     """Spec of the layers of multi-token prediction; arguments as for `block_spec`."""
     norm = norm_class(config)
@@ -174,7 +177,7 @@ def next_tokens_spec(
                 layers=layers,
                 is_moe=_moe_layers(config)[-1],
                 is_delta_net=False,
-                has_fused_rope=has_fused_rope,
+                fuses_rope=fuses_rope,
             ),
             layer_norm=norm,
         ),
@@ -202,7 +205,7 @@ def layer_spec(
     layers: LayerArguments,
     is_moe: bool,
     is_delta_net: bool,
-    has_fused_rope: bool,
+    fuses_rope: bool,
 ) -> ModuleSpec:
     """Spec of one decoder layer.
 
@@ -212,8 +215,7 @@ def layer_spec(
         layers: What else the layers are made of.
         is_moe: Whether it has experts.
         is_delta_net: Whether it has a gated delta net in place of attention.
-        has_fused_rope: Whether attention takes angles of all positions and a kernel of the backend
-            rotates; else cosines and sines of every token.
+        fuses_rope: Whether attention may rotate in a kernel of ours.
     """
     fuses_norm = provider.fuse_layernorm_and_linear()
     norm = norm_class(config)
@@ -222,7 +224,7 @@ def layer_spec(
     elif config.multi_latent_attention:
         attention = _latent_attention(config, provider, is_interleaved=layers.is_rope_interleaved)
     else:
-        attention = _attention(config, provider, has_fused_rope=has_fused_rope)
+        attention = _attention(config, provider, fuses_rope=fuses_rope)
     add = get_bias_dropout_add
     if layers.has_sublayer_norms:
         add = ModuleSpec(module=NormedResidual, params={"config": config})
@@ -240,14 +242,12 @@ def layer_spec(
     )
 
 
-def _attention(
-    config: TransformerConfig, provider: Provider, *, has_fused_rope: bool
-) -> ModuleSpec:
+def _attention(config: TransformerConfig, provider: Provider, *, fuses_rope: bool) -> ModuleSpec:
     """Grouped-query attention."""
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     return ModuleSpec(
-        module=SelfAttention if has_fused_rope else RotarySelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        module=RotarySelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal, "fuses_rope": fuses_rope},
         submodules=SelfAttentionSubmodules(
             linear_qkv=_column_linear_with_norm(provider),
             core_attention=provider.core_attention(),
@@ -307,6 +307,9 @@ def _mlp(
         num_experts=config.num_moe_experts if is_moe else None,
         moe_grouped_gemm=True,
     )
+    if mlp.module is MLP:
+        mlp.module = GatedMLP
     if is_moe:
+        mlp.module = ExpertLayer
         mlp.submodules.router = partial(BalancedRouter, group_scores=layers.group_scores)
     return mlp

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import (
     TransformerConfig,
 )
 
-from mtrain.bridge.family import LongRope, MegatronConfig, YarnRope
+from mtrain.bridge.family import MegatronConfig
 from mtrain.config import ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
 from mtrain.model.activation import activation_function
 from mtrain.model.backends import block_spec, next_tokens_spec, spec_provider
@@ -39,7 +39,6 @@ def transformer_config(
     training: TrainingConfig,
     moe: MoEConfig,
     dtype: torch.dtype,
-    backend: str,
 ) -> TransformerConfig:
     """Megatron-Core's description of the model and of how to run it.
 
@@ -51,7 +50,6 @@ def transformer_config(
         training: Recomputation.
         moe: Routing settings; they only count for models with experts.
         dtype: Of weights and activations.
-        backend: "te" or "torch".
 
     Raises:
         ValueError: Megatron-Core refuses the combination.
@@ -59,7 +57,7 @@ def transformer_config(
     fields = described.transformer | {"activation_func": activation_function(described.activation)}
     fields |= _precision(dtype)
     fields |= _parallelism(layout, parallel)
-    fields |= _kernels(described, model, backend)
+    fields |= _kernels(described, model)
     fields["mtp_loss_scaling_factor"] = model.mtp_loss_scaling_factor
     fields |= _recomputation(training)
     if fields.get("num_moe_experts"):
@@ -136,7 +134,7 @@ def _parallelism(layout: ParallelLayout, parallel: ParallelConfig) -> dict[str, 
     }
 
 
-def _kernels(described: MegatronConfig, model: ModelConfig, backend: str) -> dict[str, Any]:
+def _kernels(described: MegatronConfig, model: ModelConfig) -> dict[str, Any]:
     rope = described.gpt.rope
     return {
         "attention_backend": AttnBackend[model.attention_backend],
@@ -148,12 +146,10 @@ def _kernels(described: MegatronConfig, model: ModelConfig, backend: str) -> dic
         and not described.transformer.get("multi_latent_attention"),
         # Without biases and dropout one addition is left, which costs less to launch unfused.
         "bias_dropout_fusion": False,
-        # Transformer Engine's kernel takes packed sequences in one launch; without it Megatron-Core
-        # cuts the sequence into documents on the host, in every layer.
-        "apply_rope_fusion": has_fused_rope(described, backend),
+        # `RotarySelfAttention` has a kernel of its own.
+        "apply_rope_fusion": False,
         "cuda_graph_scope": [],
-        # Megatron-Core's own linears need apex for it; `fuse_weight_gradients` turns it on where
-        # Transformer Engine brings the kernel.
+        # For training alone: see `fuse_weight_gradients`.
         "gradient_accumulation_fusion": False,
     }
 
@@ -213,6 +209,7 @@ def build_model(
     state: ParallelState,
     *,
     backend: str,
+    fuses_rope: bool = True,
 ) -> list[LanguageModel]:
     """The model chunks of this rank: one, or one for each virtual pipeline stage.
 
@@ -221,13 +218,14 @@ def build_model(
         config: From `transformer_config`.
         state: This rank in the layout.
         backend: "te" or "torch".
+        fuses_rope: Whether attention may rotate in a kernel of ours.
 
     Returns:
         Chunks on the device with uninitialised weights.
     """
     provider = spec_provider(backend, has_sinks=config.softmax_type == "learnable")
     layout, pp_rank = state.layout, state.coordinates.pp_rank
-    layers = {"layers": described.layers, "has_fused_rope": has_fused_rope(described, backend)}
+    layers = {"layers": described.layers, "fuses_rope": fuses_rope}
     chunks = []
     for chunk in range(layout.num_chunks):
         vp_stage = None if layout.vpp_size is None else chunk
@@ -239,7 +237,6 @@ def build_model(
         model = LanguageModel(
             arguments=described.gpt,
             packed_format=provider.packed_format,
-            has_fused_rope=layers["has_fused_rope"],
             device=state.device,
             config=config,
             transformer_layer_spec=block_spec(config, provider, vp_stage=vp_stage, **layers),
@@ -263,15 +260,6 @@ def _complete_placement(model: LanguageModel, device: torch.device) -> None:
     model.to(device)
     if model.pre_process and model.embedding.add_position_embedding:
         model.embedding.position_embeddings.to(model.config.params_dtype)
-
-
-def has_fused_rope(described: MegatronConfig, backend: str) -> bool:
-    """Whether the backend's kernel can rotate: one plain rope, of leading dimensions of a head."""
-    rope = described.gpt.rope
-    if backend != "te" or rope is None or described.gpt.window_rope is not None:
-        return False
-    is_plain = not rope.is_interleaved and not isinstance(rope.scaling, YarnRope | LongRope)
-    return is_plain and not described.transformer.get("multi_latent_attention", False)
 
 
 def _mark_split_parameters(model: LanguageModel) -> None:
@@ -302,12 +290,14 @@ def _padded(vocab_size: int, tp_size: int) -> int:
 
 
 def fuse_weight_gradients(chunks: list[LanguageModel]) -> None:
-    """Lets Transformer Engine's linears add weight gradients to the main gradient themselves.
+    """Lets linears add weight gradients to the main gradient themselves.
 
     Saves writing and reading every weight gradient once more. Call it for chunks that will be
     wrapped for data-parallel training, which allocates the main gradients.
     """
     for chunk in chunks:
         for module in chunk.modules():
-            if hasattr(module, "fuse_wgrad_accumulation"):
+            if hasattr(module, "fuse_wgrad_accumulation"):  # of Transformer Engine
                 module.fuse_wgrad_accumulation = True
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                module.gradient_accumulation_fusion = True

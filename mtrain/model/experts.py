@@ -8,13 +8,12 @@ package). Here all local experts of a projection are one parameter `[experts, ou
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import grouped_mm
 
-from mtrain.model.activation import gated
+from mtrain.model.activation import gated, swiglu
 from mtrain.model.expert_bias import add_expert_bias
 
 
@@ -158,5 +157,5 @@ class GroupedExperts(MegatronModule):
         config = self.config
         is_plain = config.activation_func_clamp_value is None and config.glu_linear_offset == 0.0
         if config.activation_func is F.silu and is_plain:
-            return weighted_bias_swiglu_impl(hidden, None, probs.unsqueeze(-1))
+            return swiglu(hidden, probs)
         return gated(hidden, config, probs)

@@ -1,4 +1,7 @@
-"""Torch's variable-length flash attention, with what its public function lacks: sinks.
+"""Torch's variable-length flash attention, without the cost of its public function, with sinks.
+
+The public function is a custom operator: registered in Python, it takes several times as long to
+launch as its kernels, and adds up the gradients of key heads that queries share.
 
 The one thing to know: a sink is a score more in the softmax of every query that no value answers.
 The kernels need not know it. They give the output without sinks and the logarithm of its softmax's
@@ -6,8 +9,6 @@ denominator; with that of all scores in its place, the backward kernel's gradien
 and values are those with sinks, since it rebuilds every weight as exp(score - denominator).
 """
 
-import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -80,48 +81,13 @@ def flash_attention(
     if v_channels < key.shape[-1]:
         # The kernels know heads of one size. What is added gives zeros, which are cut off again.
         value = F.pad(value, (0, key.shape[-1] - v_channels))
-    if sinks is None:
-        output = _without_sinks(query, key, value, ends, arguments)
-    else:
-        kernels = kernels or TORCH_KERNELS
-        output = SinkAttention.apply(query, key, value, sinks, ends, arguments, kernels)
+    kernels = kernels or TORCH_KERNELS
+    output = FlashAttention.apply(query, key, value, sinks, ends, arguments, kernels)
     return output[..., :v_channels]
 
 
-def _without_sinks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ends: torch.Tensor,
-    arguments: FlashArguments,
-) -> torch.Tensor:
-    attend, options = _variable_length_attention()
-    return attend(
-        query,
-        key,
-        value,
-        ends,
-        ends,
-        arguments.longest,
-        arguments.longest,
-        scale=arguments.scale,
-        window_size=arguments.bounds,
-        **options,
-    )
-
-
-@functools.cache
-def _variable_length_attention() -> tuple[Callable[..., torch.Tensor], dict[str, bool]]:
-    """The kernel of torch, imported where it is used: it brings the compiler stack along."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    # Older torch takes fewer key than query heads as they are, newer torch wants to be told.
-    has_switch = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    return varlen_attn, {"enable_gqa": True} if has_switch else {}
-
-
-class SinkAttention(torch.autograd.Function):
-    """Attention with sinks from kernels without them; arguments as for `flash_attention`.
+class FlashAttention(torch.autograd.Function):
+    """Attention, with sinks from kernels without them; arguments as for `flash_attention`.
 
     With lse the logarithm of a query's denominator, a sink s leaves sigmoid(lse - s) of its output
     and makes its logarithm log(exp(lse) + exp(s)). The sink's own weight is what is missing to 1;
@@ -134,7 +100,7 @@ class SinkAttention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        sinks: torch.Tensor,
+        sinks: torch.Tensor | None,
         ends: torch.Tensor,
         arguments: FlashArguments,
         kernels: FlashKernels,
@@ -142,7 +108,8 @@ class SinkAttention(torch.autograd.Function):
         """[tokens, heads, v_channels]."""
         output, logarithms, state = kernels.forward(query, key, value, ends, arguments)
         assert logarithms.shape == (query.shape[1], query.shape[0])
-        output, logarithms = _with_sinks(output, logarithms, sinks)
+        if sinks is not None:
+            output, logarithms = _with_sinks(output, logarithms, sinks)
         ctx.save_for_backward(query, key, value, sinks, ends, output, logarithms, *state)
         ctx.arguments, ctx.kernels = arguments, kernels
         return output
@@ -154,7 +121,10 @@ class SinkAttention(torch.autograd.Function):
         grads = ctx.kernels.backward(
             grad, query, key, value, output, logarithms, ends, ctx.arguments, tuple(state)
         )
-        return *grads, _sink_gradient(grad, output, logarithms, sinks), None, None, None
+        grad_sinks = None
+        if sinks is not None:
+            grad_sinks = _sink_gradient(grad, output, logarithms, sinks)
+        return *grads, grad_sinks, None, None, None
 
 
 @jit_fuser

@@ -16,7 +16,7 @@ from mtrain.bridge.family import GPTArguments
 from mtrain.model.head import LossTargets, OutputLayer
 from mtrain.model.loss import vocab_parallel_loss
 from mtrain.model.next_tokens import next_labels, note_loss
-from mtrain.model.rope import RotaryEmbedding, rotary_frequencies
+from mtrain.model.rope import RotaryEmbedding
 
 
 class LanguageModel(GPTModel):
@@ -26,8 +26,6 @@ class LanguageModel(GPTModel):
         arguments: What the checkpoint decides.
         packed_format: "thd" where attention kernels take packed sequences as `[tokens, heads,
             head_dim]` (Transformer Engine), "sbhd" where they keep `[seq, 1, heads, head_dim]`.
-        has_fused_rope: Whether layers rotate with a kernel of the backend; else they get cosines
-            and sines of every token.
         device: Where the model is.
         **gpt_arguments: Other arguments of Megatron-Core's `GPTModel`.
     """
@@ -37,18 +35,15 @@ class LanguageModel(GPTModel):
         *,
         arguments: GPTArguments,
         packed_format: str,
-        has_fused_rope: bool,
         device: torch.device,
         **gpt_arguments: Any,
     ) -> None:
         rope = arguments.rope
-        positions = "rope" if has_fused_rope else "none"
         super().__init__(
             max_sequence_length=arguments.max_position_embeddings,
             share_embeddings_and_output_weights=arguments.is_tied,
-            position_embedding_type=positions if rope else "learned_absolute",
-            rotary_base=rope.base if rope else 0,
-            rotary_percent=rope.dim / gpt_arguments["config"].kv_channels if rope else 1.0,
+            # Layers rotate with cosines and sines of our own.
+            position_embedding_type="none" if rope else "learned_absolute",
             **gpt_arguments,
         )
         if self.post_process:
@@ -57,10 +52,7 @@ class LanguageModel(GPTModel):
         self.packed_format = packed_format
         self.embedding_scale = arguments.embedding_scale
         self.rotary = self.window_rotary = None
-        if rope is not None and has_fused_rope:
-            frequencies, _ = rotary_frequencies(rope)
-            self.rotary_pos_emb.inv_freq = frequencies.to(device)
-        elif rope is not None:
+        if rope is not None:
             self.rotary = RotaryEmbedding(rope, device)
             if arguments.window_rope is not None:
                 self.window_rotary = RotaryEmbedding(arguments.window_rope, device)
@@ -155,7 +147,7 @@ class LanguageModel(GPTModel):
         packed_seq_params: PackedSeqParams | None = None,
         padding_mask: torch.Tensor | None = None,
     ) -> tuple[Any, ...]:
-        """Embeddings and rotary angles, or cosines and sines of every token."""
+        """Embeddings, and cosines and sines of every token."""
         hidden, angles, cos, sin, offset, padding_mask_part = super()._preprocess(
             input_ids,
             position_ids,

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from megatron.core.jit import jit_fuser
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mtrain.model.cpu_passes import RootMeanSquareNorm
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """Root-mean-square norm over the last axis.
@@ -32,10 +34,14 @@ class RMSNorm(torch.nn.RMSNorm):
         self.is_zero_centered = config.layernorm_zero_centered_gamma
         self.weight.sequence_parallel = config.sequence_parallel
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., hidden_size] -> [..., hidden_size]."""
+    def forward(self, hidden: torch.Tensor | None) -> torch.Tensor:
+        """[..., hidden_size] -> [..., hidden_size]; None: the weight, for who norms on its own."""
+        if hidden is None:
+            return self.weight
         if self.is_zero_centered:
             return _zero_centered_norm(hidden, self.weight, self.eps)
+        if not hidden.is_cuda and hidden.dtype == self.weight.dtype == torch.float32:
+            return RootMeanSquareNorm.apply(hidden, self.weight, self.eps)
         return super().forward(hidden)
 
 

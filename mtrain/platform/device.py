@@ -7,6 +7,7 @@ calls `prepare_megatron_files()`.
 
 import contextlib
 import functools
+import importlib.util
 import logging
 import sys
 import warnings
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from mtrain.platform import cpu
+from mtrain.platform.weight_gradients import install_weight_gradients
 
 # Dense bf16 peaks of the data sheets, in FLOP/s, by a part of the device name; the first that
 # matches counts, so longer names come first.
@@ -51,6 +53,12 @@ class DeviceInfo:
 def has_gpu() -> bool:
     """Whether this process can use a CUDA device."""
     return torch.cuda.is_available()
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether kernels written in Triton can run."""
+    return has_gpu() and importlib.util.find_spec("triton") is not None
 
 
 def training_device(local_rank: int) -> torch.device:
@@ -93,6 +101,7 @@ def prepare_megatron() -> None:
         import megatron.core.optimizer
         import megatron.core.pipeline_parallel.schedules  # noqa: F401
     cpu.mend_megatron()
+    install_weight_gradients()
 
 
 def prepare_megatron_files(*, only: bool = False) -> None:

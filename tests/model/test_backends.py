@@ -51,7 +51,7 @@ def layers_of(state, name, changes):
         config_of(name, **changes),
         spec_provider("torch"),
         layers=LayerArguments(),
-        has_fused_rope=False,
+        fuses_rope=False,
         vp_stage=None,
     )
     result = []
@@ -66,12 +66,12 @@ def layers_of(state, name, changes):
 def test_the_torch_backend_needs_nothing_but_our_own_modules() -> None:
     ((norm, layers),) = run_ranks(ParallelLayout(), layers_of, "qwen3", {})
     assert norm is RMSNorm
-    assert layers == [(RMSNorm, PackedAttention, RMSNorm, "MLP")] * 4
+    assert layers == [(RMSNorm, PackedAttention, RMSNorm, "GatedMLP")] * 4
 
 
 def test_dense_layers_between_expert_layers_stay_dense() -> None:
     ((_, layers),) = run_ranks(ParallelLayout(), layers_of, "qwen3_moe_mixed", {})
-    assert [mlp for *_, mlp in layers] == ["MoELayer", "MLP", "MoELayer", "MoELayer"]
+    assert [mlp for *_, mlp in layers] == ["ExpertLayer", "GatedMLP", "ExpertLayer", "ExpertLayer"]
 
 
 def test_both_backends_share_our_experts() -> None:

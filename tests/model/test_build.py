@@ -8,7 +8,6 @@ from mtrain.config import ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
 from mtrain.model.build import (
     build_model,
     fuse_weight_gradients,
-    has_fused_rope,
     transformer_config,
 )
 from mtrain.parallel import ParallelLayout
@@ -25,7 +24,6 @@ def config_of(
     training=None,
     moe=None,
     dtype=torch.float32,
-    backend="torch",
     **changes,
 ):
     described = find_family(tiny_config(name)).megatron_config(tiny_config(name, **changes))
@@ -37,7 +35,6 @@ def config_of(
         training=training or TrainingConfig(),
         moe=moe or MoEConfig(),
         dtype=dtype,
-        backend=backend,
     )
 
 
@@ -215,25 +212,6 @@ def test_all_parameters_have_the_dtype_of_the_model(name) -> None:
     assert run_ranks(ParallelLayout(), dtypes_of, name, torch.bfloat16) == [{torch.bfloat16}]
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("qwen3", True),
-        ("glm4_moe", True),
-        ("qwen3_next_moe", True),
-        ("glm4", False),  # pairs turn
-        ("gemma3", False),  # two ropes
-        ("gpt_oss_moe", False),  # yarn
-        ("deepseek_v3", False),  # latent attention
-        ("gpt2", False),  # no rope
-    ],
-)
-def test_plain_ropes_are_left_to_the_kernel_of_the_backend(name, expected) -> None:
-    described = find_family(tiny_config(name)).megatron_config(tiny_config(name))
-    assert has_fused_rope(described, "te") is expected
-    assert not has_fused_rope(described, "torch")
-
-
 def test_every_balance_loss_wants_a_coefficient() -> None:
     losses = MoEConfig(moe_router_load_balancing_type=("aux_loss", "seq_aux_loss"))
     with pytest.raises(ValueError, match="--moe_aux_loss_coeff has 1 values for 2 balance losses"):
@@ -314,3 +292,38 @@ def test_fused_weight_gradients_are_turned_on_where_there_is_a_kernel() -> None:
     assert fusing.fuse_wgrad_accumulation
     assert not FusingLinear.fuse_wgrad_accumulation
     assert not hasattr(plain, "fuse_wgrad_accumulation")
+
+
+def weight_gradients(state, name):
+    """Largest difference between gradients with and without fusion, and how many were fused."""
+    results = []
+    for fuses in (False, True):
+        torch.manual_seed(0)
+        config = config_of(name)
+        described = find_family(tiny_config(name)).megatron_config(tiny_config(name))
+        (model,) = build_model(described, config, state, backend="torch")
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.1)
+            parameter.main_grad = torch.zeros(parameter.shape)
+            parameter.grad_added_to_main_grad = False
+        if fuses:
+            fuse_weight_gradients([model])
+        tokens = torch.arange(10)[None]
+        for _ in range(2):
+            losses, _ = model(tokens, tokens, labels=tokens + 1)
+            losses.sum().backward()
+        results.append(dict(model.named_parameters()))
+    plain, fused = results
+    count = 0
+    for key, parameter in fused.items():
+        if parameter.grad_added_to_main_grad:
+            count += 1
+            torch.testing.assert_close(parameter.main_grad, plain[key].grad, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(parameter.grad, plain[key].grad), key
+    return count
+
+
+def test_linears_add_weight_gradients_to_the_main_gradient() -> None:
+    # Four linears a layer; the output layer does so by itself.
+    assert run_ranks(ParallelLayout(), weight_gradients, "qwen3") == [4 * 4]

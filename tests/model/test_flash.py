@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mtrain.model.attention import attention_with_sinks, causal_mask
-from mtrain.model.flash import FlashArguments, FlashKernels, SinkAttention, flash_attention
+from mtrain.model.flash import FlashArguments, FlashAttention, FlashKernels, flash_attention
 from mtrain.parallel import ParallelLayout
 from tests.ranks import run_ranks
 
@@ -134,7 +134,7 @@ def half_precision(state):
     ends = torch.tensor([0, 6], dtype=torch.int32)
     arguments = FlashArguments(scale=SCALE, window=None, longest=6)
     kernels = FlashKernels(forward=_in_half(plain_forward), backward=_in_half(plain_backward))
-    output = SinkAttention.apply(*inputs, ends, arguments, kernels)
+    output = FlashAttention.apply(*inputs, ends, arguments, kernels)
     output.sum().backward()
     return output.dtype, [x.grad.dtype for x in inputs]
 

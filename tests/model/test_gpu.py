@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mtrain.config import MoEConfig
 from mtrain.model.head import linear_cross_entropy
 from mtrain.parallel import (
     ParallelLayout,
@@ -73,6 +74,28 @@ def test_logits_and_gradients_are_near_hugging_face(name, backend, state, tmp_pa
     likeness = F.cosine_similarity(of_class, right, dim=0)
     least = min(0.98 if name in MOE else 0.99, 2 * likeness - 1)
     assert F.cosine_similarity(ours, right, dim=0) > least
+
+
+@NO_TE
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])
+def test_shared_experts_in_a_second_stream_give_the_same(name, state, tmp_path):
+    folder = make_checkpoint(tmp_path, name, hidden_size=128, moe_intermediate_size=64)
+    inputs = on_gpu(packed_inputs(LENGTHS, VOCAB))
+    results = []
+    for overlaps in (False, True):
+        moe = MoEConfig(moe_shared_expert_overlap=overlaps)
+        (model,) = load_model(state, folder, dtype=torch.bfloat16, backend="te", moe=moe)
+        assert model.config.moe_shared_expert_overlap is overlaps
+        losses, _ = model(**inputs)
+        losses.sum().backward()
+        grads = {key: weight.grad for key, weight in model.named_parameters()}
+        results.append((losses.detach(), grads))
+    (losses, grads), (overlapped, other_grads) = results
+    assert any(".shared_experts." in key for key in grads)
+    torch.testing.assert_close(overlapped, losses, rtol=1e-3, atol=1e-3)
+    for key, grad in grads.items():
+        # Rows of experts are added up in any order.
+        assert (other_grads[key] - grad).norm() <= 2e-2 * grad.norm(), key
 
 
 def head_on_gpu(num_tokens, *, vocab_size, hidden_size):

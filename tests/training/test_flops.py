@@ -118,7 +118,6 @@ def test_the_weights_of_a_token_are_those_of_the_checkpoint(name):
         training=TrainingConfig(),
         moe=MoEConfig(),
         dtype=torch.float32,
-        backend="torch",
     )
     shape = ModelShape.from_config(
         built,

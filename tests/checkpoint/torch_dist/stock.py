@@ -34,8 +34,8 @@ def stock_model(state, folder, *, named_as_te=False, is_te=False):
         training=TrainingConfig(),
         moe=MoEConfig(),
         dtype=torch.bfloat16 if is_te else torch.float32,
-        backend="te" if is_te else "torch",
     )
+    config.apply_rope_fusion = is_te
     config.moe_grouped_gemm = is_te
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=is_te, normalization="RMSNorm")
     for layer in spec.layer_specs:

@@ -1,0 +1,37 @@
+"""The gated MLP, whose activation is one kernel."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.mlp import MLP
+
+from mtrain.model.activation import swiglu
+
+
+class GatedMLP(MLP):
+    """Megatron-Core's MLP with `swiglu` where the activation is that of Llama."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        self.is_swiglu = (
+            config.bias_activation_fusion
+            and config.gated_linear_unit
+            and config.activation_func is F.silu
+            and config.activation_func_clamp_value is None
+            and config.glu_linear_offset == 0.0
+            and not config.add_bias_linear
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        per_token_scale: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[seq (/ tp_size), batch, hidden] -> alike, and no bias."""
+        if not self.is_swiglu or per_token_scale is not None:
+            return super().forward(hidden_states, per_token_scale, **kwargs)
+        hidden, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(swiglu(hidden))

@@ -1,0 +1,37 @@
+"""A stand-in for apex's kernel that adds weight gradients to the main gradient.
+
+Megatron-Core's own linears ask for apex's `fused_weight_gradient_mlp_cuda`, an extension that is
+compiled from source. Torch's products can do the same: accumulate into float32 from half-precision
+factors. Without it every weight gradient is written in bfloat16, rounded, read again and added.
+"""
+
+from types import SimpleNamespace
+
+import torch
+
+__all__ = ["add_product", "install_weight_gradients"]
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Adds `left @ right` to a total without rounding the product to the dtype of its factors."""
+    if total.is_cuda and total.dtype == torch.float32 and left.dtype != total.dtype:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+def _accumulate(
+    total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor
+) -> None:
+    add_product(main_grad, grad_output.t(), total_input)
+
+
+def install_weight_gradients() -> None:
+    """Gives Megatron-Core's linears the kernel, where apex is not installed."""
+    from megatron.core.tensor_parallel import layers
+
+    if not layers._grad_accum_fusion_available:
+        layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
+            wgrad_gemm_accum_fp32=_accumulate, wgrad_gemm_accum_fp16=_accumulate
+        )
+        layers._grad_accum_fusion_available = True

@@ -1,0 +1,34 @@
+import torch
+from megatron.core.transformer.mlp import MLP
+
+from mtrain.parallel import ParallelLayout
+from tests.megatron import load_model, packed_inputs
+from tests.ranks import run_ranks
+from tests.tiny import make_checkpoint
+
+
+def outputs(state, folder):
+    (model,) = load_model(state, folder)
+    mlp = model.decoder.layers[0].mlp
+    hidden = torch.randn(7, 1, model.config.hidden_size)
+    ours, _ = mlp(hidden)
+    theirs, _ = MLP.forward(mlp, hidden)
+    losses, _ = model(**packed_inputs([5, 4], 131))
+    is_finite = torch.isfinite(losses).all().item()
+    return mlp.is_swiglu, ours.detach(), theirs.detach(), is_finite
+
+
+def test_the_activation_of_llama_is_ours_and_gives_the_same(tmp_path) -> None:
+    folder = make_checkpoint(tmp_path, "qwen3")
+    [(is_swiglu, ours, theirs, is_finite)] = run_ranks(ParallelLayout(), outputs, folder)
+    assert is_swiglu
+    assert is_finite
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_other_activations_are_those_of_megatron_core(tmp_path) -> None:
+    for name in ("gemma3", "gpt2"):
+        folder = make_checkpoint(tmp_path / name, name)
+        [(is_swiglu, ours, theirs, _)] = run_ranks(ParallelLayout(), outputs, folder)
+        assert not is_swiglu
+        assert torch.equal(ours, theirs)
