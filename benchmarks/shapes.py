@@ -38,6 +38,23 @@ _QWEN3_8B = {
     "num_hidden_layers": 36,
     "tie_word_embeddings": False,
 }
+_QWEN3_30B_A3B = {
+    **_QWEN3,
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 48,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "tie_word_embeddings": False,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
         **_QWEN3,
@@ -58,24 +75,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": _QWEN3_8B,
     # All its parameters fit one card for training.
     "qwen3-8b-18l": {**_QWEN3_8B, "num_hidden_layers": 18},
-    # Qwen3-30B-A3B has 48 layers.
-    "qwen3-30b-a3b-16l": {
-        **_QWEN3,
-        "model_type": "qwen3_moe",
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "num_hidden_layers": 16,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "tie_word_embeddings": False,
-    },
+    "qwen3-30b-a3b": _QWEN3_30B_A3B,
+    "qwen3-30b-a3b-16l": {**_QWEN3_30B_A3B, "num_hidden_layers": 16},
 }
 # Weights that are made and written together. An expert's are small: one by one, most of the time
 # would go into waiting for the copy from the GPU.
