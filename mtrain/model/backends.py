@@ -42,6 +42,7 @@ from mtrain.model.delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from mtrain.model.dispatch import ExpertLayer
 from mtrain.model.experts import GroupedExperts
 from mtrain.model.latent_attention import LatentSelfAttention
+from mtrain.model.linear import ColumnLinear, RowLinear
 from mtrain.model.mlp import GatedMLP
 from mtrain.model.next_tokens import NextTokenLayer
 from mtrain.model.norm import RMSNorm, norm_class
@@ -54,6 +55,14 @@ class TorchProvider(LocalSpecProvider):
     """Megatron-Core's linears, our norm, attention and experts."""
 
     packed_format = "sbhd"
+
+    def column_parallel_linear(self) -> type:
+        """A linear whose outputs ranks share."""
+        return ColumnLinear
+
+    def row_parallel_linear(self) -> type:
+        """A linear whose inputs ranks share."""
+        return RowLinear
 
     def core_attention(self) -> type:
         """Attention between queries, keys and values."""
