@@ -29,10 +29,11 @@ from mtrain.model.loss import (
     LocalLabels,
     SoftmaxStatistics,
     local_labels,
-    logits_gradient,
     losses_and_accuracy,
     softmax_statistics,
+    statistics_and_gradient,
 )
+from mtrain.platform.weight_gradients import add_product
 
 __all__ = ["LossTargets", "OutputLayer", "linear_cross_entropy"]
 
@@ -288,14 +289,14 @@ def _one_chunk(
     A function, so that the logits are gone before the next chunk's are made.
     """
     logits = hidden @ weight.t()
-    statistics = softmax_statistics(logits, labels)
-    if hidden_grad is not None or weight_grad is not None:
-        grad = logits_gradient(logits, statistics, labels, grad_losses)
-        del logits
-        if hidden_grad is not None:
-            torch.mm(grad, weight, out=hidden_grad)
-        if weight_grad is not None:
-            _add_product(weight_grad, grad.t(), hidden)
+    if hidden_grad is None and weight_grad is None:
+        return softmax_statistics(logits, labels)
+    statistics, grad = statistics_and_gradient(logits, labels, grad_losses)
+    del logits
+    if hidden_grad is not None:
+        torch.mm(grad, weight, out=hidden_grad)
+    if weight_grad is not None:
+        add_product(weight_grad, grad.t(), hidden)
     return statistics
 
 
@@ -307,14 +308,6 @@ def _joined(chunks: list[SoftmaxStatistics], device: torch.device) -> SoftmaxSta
         denominator=torch.cat([nothing, *(chunk.denominator for chunk in chunks)]),
         label_scores=torch.cat([nothing, *(chunk.label_scores for chunk in chunks)]),
     )
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Adds `left @ right` to a float32 total without rounding the product."""
-    if total.is_cuda and left.dtype != total.dtype:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
 def _the_one(ratio: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ __all__ = [
     "logits_gradient",
     "losses_and_accuracy",
     "softmax_statistics",
+    "statistics_and_gradient",
     "vocab_parallel_loss",
 ]
 
@@ -101,17 +102,31 @@ def softmax_statistics(logits: torch.Tensor, labels: LocalLabels) -> SoftmaxStat
         logits: [tokens, padded_vocab / tp_size], this rank's part of the vocabulary.
         labels: Of these tokens.
     """
-    scores = logits.gather(1, labels.columns.clamp(min=0)[:, None]).squeeze(1).float()
-    scores = scores.masked_fill(labels.columns < 0, -torch.inf)
+    scores = _label_scores(logits, labels)
     if labels.num_words > 0:
         highest, denominator = _of_one_rank(logits[:, : labels.num_words])
     else:
         # A rank may hold padding alone, yet takes part in the collective.
         highest, denominator = torch.full_like(scores, -torch.inf), torch.zeros_like(scores)
-    if labels.group.size() > 1:
+    return _over_ranks(highest, denominator, scores, labels.group)
+
+
+def _label_scores(logits: torch.Tensor, labels: LocalLabels) -> torch.Tensor:
+    """The logit of every label in float32; -inf where it is not this rank's."""
+    scores = logits.gather(1, labels.columns.clamp(min=0)[:, None]).squeeze(1).float()
+    return scores.masked_fill(labels.columns < 0, -torch.inf)
+
+
+def _over_ranks(
+    highest: torch.Tensor,
+    denominator: torch.Tensor,
+    scores: torch.Tensor,
+    group: dist.ProcessGroup,
+) -> SoftmaxStatistics:
+    if group.size() > 1:
         local = torch.stack([highest, denominator, scores])
-        every = local.new_empty(labels.group.size() * 3, local.shape[1])
-        dist.all_gather_into_tensor(every, local, group=labels.group)
+        every = local.new_empty(group.size() * 3, local.shape[1])
+        dist.all_gather_into_tensor(every, local, group=group)
         all_highest, denominators, all_scores = every.view(-1, *local.shape).unbind(1)
         highest = all_highest.amax(dim=0)
         denominator = (denominators * torch.exp(all_highest - highest)).sum(dim=0)
@@ -150,6 +165,36 @@ def logits_gradient(
         labels.columns,
         labels.num_words,
     )
+
+
+def statistics_and_gradient(
+    logits: torch.Tensor, labels: LocalLabels, grad_losses: torch.Tensor
+) -> tuple[SoftmaxStatistics, torch.Tensor]:
+    """Both at once, of logits that nobody wants afterwards: they may be overwritten.
+
+    Compiled for a GPU, both are few kernels. On a CPU every operation is one, so there they work in
+    place, and exponentials, the dearest of them, are computed once: a fifth of the time.
+
+    Args:
+        logits: [tokens, padded_vocab / tp_size], this rank's part of the vocabulary.
+        labels: Of these tokens.
+        grad_losses: float32 [tokens], the gradient of each loss; 0 without a label.
+    """
+    if logits.is_cuda:
+        statistics = softmax_statistics(logits, labels)
+        return statistics, logits_gradient(logits, statistics, labels, grad_losses)
+    scores = _label_scores(logits, labels)
+    values = logits.float()
+    words = values[:, : labels.num_words]
+    highest = words.amax(dim=1) if labels.num_words else torch.full_like(scores, -torch.inf)
+    words.sub_(highest[:, None]).exp_()
+    statistics = _over_ranks(highest, words.sum(dim=1), scores, labels.group)
+    factor = grad_losses / statistics.denominator * (highest - statistics.highest).exp()
+    words.mul_(factor[:, None])
+    values[:, labels.num_words :] = 0.0
+    local_losses = torch.where(labels.columns < 0, 0.0, grad_losses)
+    values.scatter_add_(1, labels.columns.clamp(min=0)[:, None], -local_losses[:, None])
+    return statistics, values.to(logits.dtype)
 
 
 def vocab_parallel_loss(

@@ -11,6 +11,7 @@ import torch
 from megatron.core.jit import jit_fuser
 
 from mtrain.bridge.family import LinearRope, Llama3Rope, LongRope, Rope, YarnRope
+from mtrain.model.cpu_passes import Rotation
 
 
 def rotary_frequencies(rope: Rope, *, longest: int | None = None) -> tuple[torch.Tensor, float]:
@@ -170,6 +171,9 @@ def _turn(
 ) -> torch.Tensor:
     dim = cosines.shape[-1]
     leading = heads[..., :dim]
+    if not heads.is_cuda and not is_interleaved and heads.dtype == torch.float32:
+        rotated = Rotation.apply(leading, cosines, sines)
+        return rotated if dim == heads.shape[-1] else torch.cat([rotated, heads[..., dim:]], dim=-1)
     if is_interleaved:
         turned = torch.stack([-leading[..., 1::2], leading[..., 0::2]], dim=-1).flatten(-2)
     else:

@@ -17,6 +17,12 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from mtrain.platform.cpu_speed import (
+    keep_freed_memory,
+    shorten_swiglu,
+    skip_lonely_collectives,
+)
+
 CPU = torch.device("cpu")
 # Creation functions that megatron-core calls with device="cuda" or torch.cuda.current_device().
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "eye")
@@ -208,6 +214,9 @@ def mend_megatron() -> None:
     if not torch.cuda.is_available():
         token_dispatcher.maybe_move_tensor_to_cpu = _as_split_sizes
         _allow_uneven_collectives()
+        shorten_swiglu()
+        skip_lonely_collectives()
+        keep_freed_memory()
 
 
 def _allow_uneven_collectives() -> None:

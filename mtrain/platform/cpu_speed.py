@@ -1,0 +1,83 @@
+"""What makes training on a CPU faster without changing what is computed.
+
+The one thing to know: on a CPU nothing of Megatron-Core's is compiled (see `cpu.eager_fusions`), so
+every operation of its fused functions is a pass over memory of its own.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+# Of glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGEST_KEPT_BUFFER = 32 * 2**20  # more is refused
+_MOST_KEPT = 512 * 2**20
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc hand freed memory to the next tensor instead of back to the system.
+
+    A training step asks for the same buffers as the step before. By default large ones go back when
+    they are freed, and whoever gets them next pays for fresh pages: a sixth of a step of a tiny
+    model. Other C libraries have no such setting and are left alone.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT_BUFFER)
+        library.mallopt(_TRIM_THRESHOLD, _MOST_KEPT)
+
+
+def skip_lonely_collectives() -> None:
+    """Lets a rank without others leave its buffers of gradients and parameters where they are.
+
+    The distributed optimizer scatters and gathers them in place. gloo copies them through a buffer
+    of its own also where there is one rank.
+    """
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        setattr(buffers, name, _unless_alone(getattr(buffers, name)))
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def call(output: torch.Tensor, own: torch.Tensor, *, group: Any, **options: Any) -> Any:
+        # Who asked for a handle wants one.
+        is_wanted = group.size() > 1 or options.get("async_op")
+        if is_wanted or output.data_ptr() != own.data_ptr():
+            return collective(output, own, group=group, **options)
+        return None
+
+    return call
+
+
+def shorten_swiglu() -> None:
+    """Replaces the gradient of Megatron-Core's SwiGLU, ten passes over memory, by four."""
+    from megatron.core.fusions import fused_bias_swiglu
+
+    fused_bias_swiglu.swiglu_back = swiglu_gradient
+
+
+def swiglu_gradient(grad: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """The gradient of `silu(gate) * up`.
+
+    Args:
+        grad: [..., inner], of the output.
+        hidden: [..., 2 * inner], gates first.
+
+    Returns:
+        [..., 2 * inner].
+
+    Source: `swiglu_back` of Megatron-Core's `fused_bias_swiglu`, which this replaces.
+    """
+    gate, up = hidden.chunk(2, dim=-1)
+    result = torch.empty_like(hidden, dtype=torch.result_type(grad, hidden))
+    grad, gate, up = (tensor.to(result.dtype) for tensor in (grad, gate, up))
+    grad_gate, grad_up = result.chunk(2, dim=-1)
+    torch.mul(F.silu(gate), grad, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    return result
