@@ -17,11 +17,6 @@ from mtrain.lora.layers.products import Scales, collected, scaled_product, sprea
 
 __all__ = ["Dropped", "frozen_linear"]
 
-# Whether the frozen product is written first and the adapter's added to it, or the reverse. With
-# factors of zero the first gives the bits of the linear alone on any kernel.
-_FORWARD_FROZEN_FIRST = True
-_BACKWARD_FROZEN_FIRST = True
-
 
 class Dropped(NamedTuple):
     """An input after dropout; `values` is `input * mask * scale`.
@@ -89,7 +84,6 @@ class _FrozenLinear(torch.autograd.Function):
             output.view(-1, weight.shape[0]),
             frozen=(rows, weight.t()),
             low_rank=(low_rank, wide_b.t()),
-            frozen_first=_FORWARD_FROZEN_FIRST,
         )
         if bias is not None:
             output += bias
@@ -120,7 +114,6 @@ class _FrozenLinear(torch.autograd.Function):
                 input_grad.view(-1, weight.shape[1]),
                 frozen=(rows, weight),
                 low_rank=(low_grad, a),
-                frozen_first=_BACKWARD_FROZEN_FIRST,
                 mask=None if mask is None else mask.flatten(0, -2),
                 scale=ctx.dropout_scale,
             )
@@ -135,28 +128,23 @@ def _write_sum(
     *,
     frozen: Pair,
     low_rank: Pair,
-    frozen_first: bool,
     mask: torch.Tensor | None = None,
     scale: float = 1.0,
 ) -> None:
     """Writes a product plus another one, which may be masked and scaled.
 
+    The small one is written first: the large one reads what it adds to while it multiplies, which
+    costs less than a small product that reads and writes what is there. With factors of zero the
+    result has the bits of the large one alone.
+
     Args:
         total: [rows, columns], written to.
         frozen: Factors of the large product.
         low_rank: Factors of the one with few columns between.
-        frozen_first: Which product is written first.
         mask: bool [rows, columns], where the low-rank product counts.
         scale: Factor of the low-rank product.
     """
-    if not frozen_first:
-        total.addmm_(*low_rank, beta=0, alpha=scale)
-        if mask is not None:
-            total.mul_(mask)
-        total.addmm_(*frozen)
-        return
-    torch.mm(*frozen, out=total)
-    if mask is None:
-        total.addmm_(*low_rank, alpha=scale)
-    else:
-        total.addcmul_(torch.mm(*low_rank), mask, value=scale)
+    total.addmm_(*low_rank, beta=0, alpha=scale)
+    if mask is not None:
+        total.mul_(mask)
+    total.addmm_(*frozen)

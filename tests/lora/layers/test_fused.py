@@ -7,17 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from mtrain.lora.layers import fused
 from mtrain.lora.layers.fused import Dropped, frozen_linear
 from tests.lora.layers.test_products import SCALES, widened
-
-BOTH_WAYS = pytest.mark.parametrize("frozen_first", [True, False])
-
-
-@pytest.fixture
-def order(monkeypatch, frozen_first):
-    monkeypatch.setattr(fused, "_FORWARD_FROZEN_FIRST", frozen_first)
-    monkeypatch.setattr(fused, "_BACKWARD_FROZEN_FIRST", frozen_first)
 
 
 def tensors(scales, *, rows=(5, 2), dtype=torch.float64):
@@ -44,11 +35,10 @@ def plain(input_, weight, bias, lora_a, lora_b, *, scales, dropped):
     )
 
 
-@BOTH_WAYS
 @pytest.mark.parametrize("scales", [1.0, 1.5, SCALES])
 @pytest.mark.parametrize("has_dropout", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_output_and_gradients_are_those_of_autograd(order, scales, has_dropout, has_bias):
+def test_output_and_gradients_are_those_of_autograd(scales, has_dropout, has_bias):
     input_, weight, bias, *factors = tensors(scales)
     arguments = (input_, weight, bias if has_bias else None, *factors)
     options = {"scales": scales, "dropped": dropout_of(input_) if has_dropout else None}
@@ -74,9 +64,8 @@ def test_gradients_are_those_of_differences(scales):
     assert gradcheck(function, (input_, *factors))
 
 
-@BOTH_WAYS
 @pytest.mark.parametrize("needed", itertools.product([True, False], repeat=3))
-def test_only_gradients_that_are_asked_for_are_computed(order, needed):
+def test_only_gradients_that_are_asked_for_are_computed(needed):
     input_, weight, _, *factors = tensors(SCALES)
     dropped = dropout_of(input_)
     trained = [input_, *factors]
@@ -96,9 +85,8 @@ def test_only_gradients_that_are_asked_for_are_computed(order, needed):
     assert weight.grad is None
 
 
-@BOTH_WAYS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_with_a_b_of_zero_the_bits_are_those_of_the_linear(order, dtype):
+def test_with_a_b_of_zero_the_bits_are_those_of_the_linear(dtype):
     input_, weight, bias, lora_a, lora_b = tensors(SCALES, dtype=dtype)
     expected = torch.matmul(input_, weight.t()) + bias
     output = frozen_linear(

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from mtrain.lora.layers import fused
 from mtrain.lora.layers.fused import Dropped, frozen_linear
 from mtrain.lora.layers.grouped import frozen_grouped_linear
 from mtrain.lora.layers.products import add_up
@@ -13,14 +12,7 @@ from tests.lora.layers.test_fused import plain
 from tests.lora.layers.test_grouped import plain as plain_experts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-BOTH_WAYS = pytest.mark.parametrize("frozen_first", [True, False])
 TOKENS, IN, OUT, RANK = 1024, 512, 768, 8
-
-
-@pytest.fixture
-def order(monkeypatch, frozen_first):
-    monkeypatch.setattr(fused, "_FORWARD_FROZEN_FIRST", frozen_first)
-    monkeypatch.setattr(fused, "_BACKWARD_FROZEN_FIRST", frozen_first)
 
 
 def scales_of(num_projections):
@@ -58,10 +50,9 @@ def assert_near(ours, expected, trained, trained_in_float32):
         assert error < 1e-2
 
 
-@BOTH_WAYS
 @pytest.mark.parametrize("num_projections", [1, 3])
 @pytest.mark.parametrize("has_dropout", [False, True])
-def test_a_linear_is_near_that_in_float32(order, num_projections, has_dropout):
+def test_a_linear_is_near_that_in_float32(num_projections, has_dropout):
     tokens, weight, *factors = tensors(num_projections)
     dropped = dropout_of(tokens) if has_dropout else None
     options = {"scales": scales_of(num_projections), "dropped": dropped}
@@ -94,8 +85,7 @@ def test_experts_are_near_those_in_float32(counts, num_projections, has_dropout)
         assert not grad[empty].any()
 
 
-@BOTH_WAYS
-def test_with_a_b_of_zero_the_bits_are_those_of_the_linear(order):
+def test_with_a_b_of_zero_the_bits_are_those_of_the_linear():
     for out_size in (768, 1536, 2048, 6144):
         tokens = torch.randn(2048, 1024, device="cuda").bfloat16()
         weight = torch.randn(out_size, 1024, device="cuda").bfloat16()
@@ -123,8 +113,7 @@ def kernels(function):
     return [event.name for event in events]
 
 
-@BOTH_WAYS
-def test_nothing_is_copied_and_nothing_added_by_a_kernel_of_its_own(order):
+def test_nothing_is_copied_and_nothing_added_by_a_kernel_of_its_own():
     tokens, weight, *factors = tensors(1)
     grad = torch.randn(TOKENS, OUT, device="cuda").bfloat16()
 
