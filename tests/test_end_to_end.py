@@ -32,7 +32,7 @@ LOGGED = {
     *("step", "total_steps", "epoch", "loss", "token_accuracy", "grad_norm", "learning_rate"),
     *("consumed_samples", "consumed_tokens", "tokens_per_second_per_gpu", "memory_gib"),
     *("padded_tokens_per_second_per_gpu", "seconds_per_step", "data_share", "padding_ratio"),
-    *("eta_seconds", "skipped_steps"),
+    *("eta_seconds", "skipped_steps", "tflops_per_gpu"),
 }
 # In the order of the line on the console.
 START_PHASES = [

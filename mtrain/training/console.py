@@ -1,7 +1,7 @@
 """The log line that people read: the numbers of a step with units, in groups.
 
-The one thing to know: it says all that `logging.jsonl` says, rounded. A number that has no wording
-here is shown under its own name at the end.
+The one thing to know: it says all that `logging.jsonl` says, rounded, but `tflops_per_gpu` and
+`hfu`. A number that has no wording here is shown under its own name at the end.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ _GROUPS: tuple[tuple[tuple[str, str], ...], ...] = (
 )
 # They say what the head of the line and its end say.
 _ELSEWHERE = {"step", "total_steps", "eta_seconds"}
+# MFU is enough to watch a run by.
+_NOT_SHOWN = {"tflops_per_gpu", "hfu"}
 
 
 def console_line(
@@ -54,7 +56,7 @@ def console_line(
         total_steps: Steps of the run.
         kind: "train" or "eval".
     """
-    known = {name for group in _GROUPS for name, _ in group} | _ELSEWHERE
+    known = {name for group in _GROUPS for name, _ in group} | _ELSEWHERE | _NOT_SHOWN
     groups = [
         [wording.format(values[name]) for name, wording in group if _is_worth(name, values)]
         for group in _GROUPS

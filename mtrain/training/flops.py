@@ -1,23 +1,30 @@
-"""How many floating-point operations a training step is, for MFU.
+"""How many floating-point operations a training step is, for MFU and HFU.
 
-The one thing to know: only useful work counts. Padding, recomputation and attention across
-documents are not in the numerator, so MFU falls when they cost time.
+The one thing to know: for MFU only useful work counts. Padding, recomputation and attention across
+documents are not in its numerator, so MFU falls when they cost time. HFU counts the first two as
+well: it says how busy the device was, whatever that was good for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
-__all__ = ["ModelShape", "training_flops"]
+__all__ = ["ModelShape", "hardware_flops", "training_flops"]
 
 # A weight takes part in one multiply-add a token in forward, and in two in backward: one for the
 # gradient of the activations and one for its own, which a frozen weight does not need.
 _FLOPS_PER_WEIGHT = 6
 _FLOPS_PER_FROZEN_WEIGHT = 4
+_FORWARD_FLOPS_PER_WEIGHT = 2
+# A (query, key) pair and head channel is one multiply-add in the product with the keys and one in
+# that with the values; backward has two products for each.
+_FORWARD_FLOPS_PER_PAIR = 4
+_FLOPS_PER_PAIR = 3 * _FORWARD_FLOPS_PER_PAIR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +44,8 @@ class ModelShape:
         window: Tokens that a token of those sees.
         is_frozen: Whether all these weights are frozen, as under an adapter; the adapter's own
             work, a percent or so, is not counted.
+        num_recomputed_weights: Weights that a token is multiplied with once more in backward.
+        recomputed_attention: Share of the layers with attention that compare tokens once more.
     """
 
     num_attention_layers: int
@@ -46,6 +55,8 @@ class ModelShape:
     num_windowed_layers: int = 0
     window: int = 0
     is_frozen: bool = False
+    num_recomputed_weights: float = 0.0
+    recomputed_attention: float = 0.0
 
     @classmethod
     def from_config(
@@ -65,26 +76,19 @@ class ModelShape:
             is_frozen: See above.
         """
         num_next = config.mtp_num_layers or 0
-        num_moe_layers = _num_moe_layers(config)
-        num_attended = config.num_layers - num_delta_net_layers
-        dense = _mlp_weights(config, config.ffn_hidden_size)
-        moe = _moe_weights_of_a_token(config) if num_moe_layers else 0
-        head = config.hidden_size * vocab_size
-        weights = num_attended * _attention_weights(config) + head
-        weights += (config.num_layers - num_moe_layers) * dense + num_moe_layers * moe
-        if num_delta_net_layers:
-            weights += num_delta_net_layers * _delta_net_weights(config)
-        joined = 2 * config.hidden_size**2
-        weights += num_next * (_attention_weights(config) + (moe or dense) + joined + head)
+        head = (1 + num_next) * config.hidden_size * vocab_size
+        decoder = _decoder_weights(config, num_delta_net_layers)
         windowed = config.window_attn_skip_freq if config.window_size else None
         return cls(
-            num_attention_layers=num_attended + num_next,
-            num_matmul_weights=weights,
-            num_head_weights=(1 + num_next) * head,
+            num_attention_layers=config.num_layers - num_delta_net_layers + num_next,
+            num_matmul_weights=decoder + _next_token_weights(config) + head,
+            num_head_weights=head,
             attention_width=_attention_width(config),
             num_windowed_layers=sum(windowed) if isinstance(windowed, list) else 0,
             window=config.window_size[0] + 1 if config.window_size else 0,
             is_frozen=is_frozen,
+            num_recomputed_weights=_recomputed_weights(config, num_delta_net_layers),
+            recomputed_attention=_recomputed_attention(config, num_delta_net_layers),
         )
 
 
@@ -110,10 +114,138 @@ def training_flops(
         (shape.num_matmul_weights - shape.num_head_weights) * num_tokens
         + shape.num_head_weights * num_labels
     )
+    pairs = _pairs_of_all_layers(shape, num_tokens, num_attention_pairs)
+    return weights + _FLOPS_PER_PAIR * shape.attention_width * pairs
+
+
+def hardware_flops(
+    shape: ModelShape, *, num_padded_tokens: float, num_labels: float, num_attention_pairs: float
+) -> float:
+    """Operations of forward and backward as they are computed: with padding and recomputation.
+
+    Left out: attention inside padding; what a fused attention makes again in its own backward;
+    recomputed norms, activation functions and delta rules, which have no weights; and the tokens
+    without a label that go through a head with an adapter.
+
+    Args:
+        shape: The model.
+        num_padded_tokens: Tokens with padding.
+        num_labels: Real tokens with a label.
+        num_attention_pairs: As for `training_flops`.
+
+    Returns:
+        FLOPs over all ranks: those of `training_flops` with padding as if it were real, and once
+        more the forward pass of what is recomputed, 2 a weight and token and 4 a pair and channel.
+    """
+    once = training_flops(
+        shape,
+        num_tokens=num_padded_tokens,
+        num_labels=num_labels,
+        num_attention_pairs=num_attention_pairs,
+    )
+    weights = _FORWARD_FLOPS_PER_WEIGHT * shape.num_recomputed_weights * num_padded_tokens
+    pairs = _pairs_of_all_layers(shape, num_padded_tokens, num_attention_pairs)
+    pairs *= shape.recomputed_attention
+    return once + weights + _FORWARD_FLOPS_PER_PAIR * shape.attention_width * pairs
+
+
+def _pairs_of_all_layers(shape: ModelShape, num_tokens: float, num_attention_pairs: float) -> float:
     num_full = shape.num_attention_layers - shape.num_windowed_layers
-    pairs = num_full * num_attention_pairs
-    pairs += shape.num_windowed_layers * min(num_attention_pairs, num_tokens * shape.window)
-    return weights + 3 * 4 * shape.attention_width * pairs
+    in_window = min(num_attention_pairs, num_tokens * shape.window)
+    return num_full * num_attention_pairs + shape.num_windowed_layers * in_window
+
+
+def _decoder_weights(config: TransformerConfig, num_delta_net_layers: int) -> int:
+    """Of all layers but those of multi-token prediction."""
+    num_attended = config.num_layers - num_delta_net_layers
+    num_moe = _num_moe_layers(config)
+    weights = num_attended * _attention_weights(config)
+    weights += (config.num_layers - num_moe) * _mlp_weights(config, config.ffn_hidden_size)
+    if num_moe:
+        weights += num_moe * _moe_weights_of_a_token(config)
+    if num_delta_net_layers:
+        weights += num_delta_net_layers * _delta_net_weights(config)
+    return weights
+
+
+def _next_token_weights(config: TransformerConfig) -> int:
+    """Of the layers of multi-token prediction without the head, which are like the decoder's."""
+    joined = 2 * config.hidden_size**2
+    if _num_moe_layers(config):
+        mlp = _moe_weights_of_a_token(config)
+    else:
+        mlp = _mlp_weights(config, config.ffn_hidden_size)
+    return (config.mtp_num_layers or 0) * (_attention_weights(config) + mlp + joined)
+
+
+def _recomputed_weights(config: TransformerConfig, num_delta_net_layers: int) -> float:
+    if config.recompute_granularity == "full":
+        decoder = _decoder_weights(config, num_delta_net_layers)
+        weights = _share_of_recomputed_layers(config) * decoder
+        return weights + _recomputes_next_tokens(config) * _next_token_weights(config)
+    if config.recompute_granularity == "selective":
+        return _weights_of_modules(config, config.recompute_modules)
+    return 0.0
+
+
+def _recomputed_attention(config: TransformerConfig, num_delta_net_layers: int) -> float:
+    num_attended = config.num_layers - num_delta_net_layers
+    num_next = config.mtp_num_layers or 0
+    if config.recompute_granularity == "full":
+        num_recomputed = _share_of_recomputed_layers(config) * num_attended
+        num_recomputed += _recomputes_next_tokens(config) * num_next
+        return num_recomputed / max(num_attended + num_next, 1)
+    is_selective = config.recompute_granularity == "selective"
+    return float(is_selective and "core_attn" in config.recompute_modules)
+
+
+def _recomputes_next_tokens(config: TransformerConfig) -> bool:
+    """Whether full recomputation is of multi-token prediction too: Megatron-Core skips `block`."""
+    return config.recompute_method == "uniform"
+
+
+def _share_of_recomputed_layers(config: TransformerConfig) -> float:
+    """Of the decoder under full recomputation, all layers taken as equal.
+
+    `block` is about the first `recompute_num_layers` layers of every virtual stage.
+    """
+    if config.recompute_method == "uniform":
+        return 1.0
+    num_chunks = config.virtual_pipeline_model_parallel_size or 1
+    num_recomputed = sum(
+        min(num_chunks * config.recompute_num_layers, num_layers)
+        for num_layers in _layers_of_stages(config)
+    )
+    return num_recomputed / config.num_layers
+
+
+def _layers_of_stages(config: TransformerConfig) -> list[int]:
+    """Layers of every pipeline stage, in any order."""
+    ends = (config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage)
+    given = [num_layers for num_layers in ends if num_layers is not None]
+    num_others = config.pipeline_model_parallel_size - len(given)
+    others = (config.num_layers - sum(given)) // max(num_others, 1)
+    return given + num_others * [others]
+
+
+def _weights_of_modules(config: TransformerConfig, modules: Sequence[str]) -> int:
+    """Of the parts that selective recomputation names; the others have none, like `core_attn`."""
+    num_moe, num_next = _num_moe_layers(config), config.mtp_num_layers or 0
+    num_dense = config.num_layers - num_moe
+    if num_moe:
+        num_moe += num_next
+    else:
+        num_dense += num_next
+    weights = 0
+    if "mlp" in modules:
+        weights += num_dense * _mlp_weights(config, config.ffn_hidden_size)
+    if "moe" in modules and num_moe:
+        weights += num_moe * _moe_weights_of_a_token(config)
+    elif "shared_experts" in modules:
+        # A recomputed expert layer has them in it.
+        shared = config.moe_shared_expert_intermediate_size or 0
+        weights += num_moe * _mlp_weights(config, shared)
+    return weights
 
 
 def _attention_weights(config: TransformerConfig) -> int:

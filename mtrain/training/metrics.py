@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from mtrain.parallel import ParallelState
 from mtrain.platform.device import DeviceInfo
 from mtrain.training.balance import BALANCE_LOSSES, SIDE_LOSSES, take_side_losses
 from mtrain.training.batch import BatchCounts
-from mtrain.training.flops import ModelShape, training_flops
+from mtrain.training.flops import ModelShape, hardware_flops, training_flops
 
 if TYPE_CHECKING:
     from mtrain.training.step import StepResult
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["LogRecord", "Meter", "RunSize"]
 
 _GIB = 2**30
+_TERA = 1e12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,9 @@ class LogRecord:
         consumed_tokens: Tokens since the start, without padding.
         tokens_per_second_per_gpu: Without padding.
         padded_tokens_per_second_per_gpu: With padding, which is what was computed.
-        mfu: Useful operations over the device's peak; None where the peak is not known.
+        tflops_per_gpu: Useful operations a second, 1e12: those of real tokens, computed once.
+        mfu: The same over the device's peak; None where the peak is not known.
+        hfu: Likewise of what was computed, with padding and recomputation (`hardware_flops`).
         memory_gib: Highest memory of any rank so far, as the driver sees it.
         seconds_per_step: Wall time of a step; evaluation and saving are left out.
         data_share: Share of that time spent waiting for data, on the slowest rank.
@@ -72,7 +75,9 @@ class LogRecord:
     consumed_tokens: int
     tokens_per_second_per_gpu: float
     padded_tokens_per_second_per_gpu: float
+    tflops_per_gpu: float
     mfu: float | None
+    hfu: float | None
     memory_gib: float
     seconds_per_step: float
     data_share: float
@@ -208,20 +213,13 @@ class Meter:
 
     def record(self, step: int) -> LogRecord:
         """The log line after `step`; starts the next interval. All ranks must call this."""
-        last, size, world_size = self._last, self._size, self._state.layout.world_size
+        last, size = self._last, self._size
         assert last is not None, "a log line needs a step"
         totals, slowest = self._exchange()
         self._consumed_samples += int(totals["samples"])
         self._consumed_tokens += int(totals["tokens"])
         seconds = max(slowest["seconds"], 1e-9)
         num_labels = max(totals["labels"], 1.0)
-        flops = training_flops(
-            size.shape,
-            num_tokens=totals["tokens"],
-            num_labels=totals["labels"],
-            num_attention_pairs=totals["attention_pairs"],
-        )
-        peak = self._device.peak_flops
         seconds_per_step = seconds / self._num_steps
         record = LogRecord(
             step=step,
@@ -233,19 +231,35 @@ class Meter:
             learning_rate=last.learning_rate,
             consumed_samples=self._consumed_samples,
             consumed_tokens=self._consumed_tokens,
-            tokens_per_second_per_gpu=totals["tokens"] / seconds / world_size,
-            padded_tokens_per_second_per_gpu=totals["padded_tokens"] / seconds / world_size,
-            mfu=None if peak is None else flops / seconds / world_size / peak,
             memory_gib=slowest["memory"] / _GIB,
             seconds_per_step=seconds_per_step,
             data_share=slowest["data_seconds"] / seconds,
             padding_ratio=1 - totals["tokens"] / max(totals["padded_tokens"], 1.0),
             eta_seconds=seconds_per_step * (size.total_steps - step),
             skipped_steps=self._num_skipped,
+            **self._rates(totals, seconds),
             **_side_losses(totals),
         )
         self._start_interval()
         return record
+
+    def _rates(self, totals: Mapping[str, float], seconds: float) -> dict[str, float | None]:
+        """What a GPU did a second, by the names of the log line."""
+        gpu_seconds, peak = seconds * self._state.layout.world_size, self._device.peak_flops
+        work = {
+            "num_labels": totals["labels"],
+            "num_attention_pairs": totals["attention_pairs"],
+        }
+        tokens, padded = totals["tokens"], totals["padded_tokens"]
+        useful = training_flops(self._size.shape, num_tokens=tokens, **work) / gpu_seconds
+        done = hardware_flops(self._size.shape, num_padded_tokens=padded, **work) / gpu_seconds
+        return {
+            "tokens_per_second_per_gpu": tokens / gpu_seconds,
+            "padded_tokens_per_second_per_gpu": padded / gpu_seconds,
+            "tflops_per_gpu": useful / _TERA,
+            "mfu": None if peak is None else useful / peak,
+            "hfu": None if peak is None else done / peak,
+        }
 
     def _exchange(self) -> tuple[dict[str, float], dict[str, float]]:
         """Sums over the ranks, and the largest of any rank, in one collective."""

@@ -17,7 +17,9 @@ RECORD = LogRecord(
     consumed_tokens=112310,
     tokens_per_second_per_gpu=278.19,
     padded_tokens_per_second_per_gpu=279.28,
+    tflops_per_gpu=407.8,
     mfu=0.4123,
+    hfu=0.4321,
     memory_gib=1.1513,
     seconds_per_step=3.6666,
     data_share=0.0003122,
@@ -48,8 +50,8 @@ def test_an_evaluation_is_a_line_too() -> None:
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(LogRecord)])
 def test_no_number_is_left_out(field) -> None:
-    """A field that is added to the record appears, worded or not."""
-    if field in ("step", "total_steps"):
+    """A field that is added to the record appears, worded or not; but two that MFU stands for."""
+    if field in ("step", "total_steps", "tflops_per_gpu", "hfu"):
         return
     base = dataclasses.replace(RECORD, **dict.fromkeys(("mfu", "grad_norm"), None))
     lines = [line_of(dataclasses.replace(base, **{field: value})) for value in (1, 77)]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from math import prod
 from pathlib import Path
@@ -11,7 +12,7 @@ from mtrain.bridge.plan import hf_tensors, weight_table
 from mtrain.config import ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
 from mtrain.model.build import transformer_config
 from mtrain.parallel import ParallelLayout
-from mtrain.training.flops import ModelShape, training_flops
+from mtrain.training.flops import ModelShape, hardware_flops, training_flops
 
 PUBLISHED = json.loads(
     (Path(__file__).parents[1] / "bridge" / "published.json").read_text(encoding="utf-8")
@@ -29,6 +30,26 @@ DENSE = {
 }
 # q 8 x 12, k and v 8 x 6, o 12 x 8
 ATTENTION = 96 + 2 * 48 + 96
+MLP = 3 * 8 * 10
+MOE = {
+    **DENSE,
+    "num_layers": 3,
+    "num_moe_experts": 16,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 5,
+    "moe_shared_expert_intermediate_size": 7,
+    "moe_layer_freq": [0, 1, 1],
+    "moe_grouped_gemm": True,
+}
+SHARED = 3 * 8 * 7
+# Two experts, those that all share, and the router.
+EXPERTS = 3 * 8 * 2 * 5 + SHARED + 8 * 16
+WORK = {"num_labels": 3, "num_attention_pairs": 20}
+
+
+def recomputing(fields, **recompute) -> ModelShape:
+    recompute = {f"recompute_{name}": value for name, value in recompute.items()}
+    return ModelShape.from_config(TransformerConfig(**fields, **recompute), vocab_size=100)
 
 
 def test_a_dense_model_is_counted_by_hand():
@@ -102,6 +123,105 @@ def test_only_labelled_tokens_go_through_the_head():
     )
     flops = training_flops(shape, num_tokens=7, num_labels=2, num_attention_pairs=0)
     assert flops == 6 * (6 * 7 + 4 * 2)
+
+
+def test_the_device_computes_padding_too():
+    shape = ModelShape.from_config(TransformerConfig(**DENSE), vocab_size=100)
+    flops = hardware_flops(shape, num_padded_tokens=10, **WORK)
+    # Two layers of 528 weights for all tokens, a head of 800 for those with a label.
+    assert flops == 6 * (2 * 528 * 10 + 800 * 3) + 12 * 12 * 2 * 20 == 71520 + 12000
+    assert flops - training_flops(shape, num_tokens=7, **WORK) == 6 * 2 * 528 * (10 - 7)
+
+
+def test_full_recomputation_is_one_more_forward_without_the_head():
+    shape = recomputing(DENSE, granularity="full", method="uniform", num_layers=1)
+    assert (shape.num_recomputed_weights, shape.recomputed_attention) == (2 * 528, 1)
+    again = 2 * 2 * 528 * 10 + 4 * 12 * 2 * 20
+    assert again == 23040
+    assert hardware_flops(shape, num_padded_tokens=10, **WORK) == 83520 + again
+    # What is useful stays what it was.
+    useful = training_flops(shape, num_tokens=10, **WORK)
+    assert useful == 83520
+    frozen = dataclasses.replace(shape, is_frozen=True)
+    flops = hardware_flops(frozen, num_padded_tokens=10, **WORK)
+    assert flops == 4 * (2 * 528 * 10 + 800 * 3) + 12 * 12 * 2 * 20 + again
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "num_layers", "share"),
+    [
+        ({}, 3, 3 / 8),
+        ({}, 99, 1),
+        ({"pipeline_model_parallel_size": 2}, 3, 6 / 8),
+        # Stages of 1, 4 and 3.
+        (
+            {
+                "pipeline_model_parallel_size": 3,
+                "num_layers_in_first_pipeline_stage": 1,
+                "num_layers_in_last_pipeline_stage": 3,
+            },
+            2,
+            5 / 8,
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            1,
+            4 / 8,
+        ),
+    ],
+)
+def test_blocks_are_the_first_layers_of_every_stage(pipeline, num_layers, share):
+    fields = {**DENSE, "num_layers": 8, "pipeline_dtype": torch.float32, **pipeline}
+    shape = recomputing(fields, granularity="full", method="block", num_layers=num_layers)
+    assert shape.num_recomputed_weights == share * 8 * 528
+    assert shape.recomputed_attention == share
+
+
+@pytest.mark.parametrize(("method", "num_next"), [("uniform", 1), ("block", 0)])
+def test_blocks_leave_multi_token_prediction_alone(method, num_next):
+    fields = {**DENSE, "mtp_num_layers": 1}
+    shape = recomputing(fields, granularity="full", method=method, num_layers=1)
+    num_layers = 2 if method == "uniform" else 1
+    # Hidden state and embedding are joined by a matrix of 16 x 8; the head is not made again.
+    assert shape.num_recomputed_weights == num_layers * 528 + num_next * (528 + 16 * 8)
+    assert shape.recomputed_attention == (num_layers + num_next) / 3
+
+
+@pytest.mark.parametrize(
+    ("modules", "weights", "attention"),
+    [
+        (["core_attn"], 0, 1),
+        (["mlp"], MLP, 0),
+        (["moe"], 2 * EXPERTS, 0),
+        (["shared_experts"], 2 * SHARED, 0),
+        (["moe", "shared_experts"], 2 * EXPERTS, 0),
+        (["core_attn", "mlp", "moe"], MLP + 2 * EXPERTS, 1),
+        (["moe_act", "layernorm"], 0, 0),
+    ],
+)
+def test_selective_recomputation_is_that_of_its_modules(modules, weights, attention):
+    shape = recomputing(MOE, granularity="selective", modules=modules)
+    assert (shape.num_recomputed_weights, shape.recomputed_attention) == (weights, attention)
+
+
+def test_the_layer_of_multi_token_prediction_has_modules_too():
+    dense = recomputing({**DENSE, "mtp_num_layers": 1}, granularity="selective", modules=["mlp"])
+    assert dense.num_recomputed_weights == 3 * MLP
+    moe = recomputing({**MOE, "mtp_num_layers": 1}, granularity="selective", modules=["moe"])
+    assert moe.num_recomputed_weights == 3 * EXPERTS
+
+
+def test_recomputed_attention_has_its_window():
+    shape = ModelShape(
+        num_attention_layers=3,
+        num_matmul_weights=0,
+        attention_width=1,
+        num_windowed_layers=2,
+        window=4,
+        recomputed_attention=0.5,
+    )
+    flops = hardware_flops(shape, num_padded_tokens=10, num_labels=0, num_attention_pairs=55)
+    assert flops == (12 + 4 * 0.5) * (55 + 2 * 40)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -170,6 +170,7 @@ def test_the_last_line_has_the_fields_that_people_plot(folder, tmp_path):
         "consumed_tokens",
         "tokens_per_second_per_gpu",
         "padded_tokens_per_second_per_gpu",
+        "tflops_per_gpu",
         "memory_gib",
         "seconds_per_step",
         "data_share",

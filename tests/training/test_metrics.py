@@ -8,7 +8,7 @@ from mtrain.parallel import ParallelLayout, ParallelState
 from mtrain.platform.device import DeviceInfo
 from mtrain.training.balance import count_routers
 from mtrain.training.batch import count_batches
-from mtrain.training.flops import ModelShape, training_flops
+from mtrain.training.flops import ModelShape, hardware_flops, training_flops
 from mtrain.training.metrics import LogRecord, Meter, RunSize
 from tests.next_tokens import make_checkpoint_with_next_tokens
 from tests.ranks import run_ranks
@@ -36,8 +36,8 @@ def moe_folder(tmp_path_factory) -> Path:
 
 def measured(
     state: ParallelState, folder: Path, num_next_tokens: int = 0
-) -> tuple[list[LogRecord], float]:
-    """Two log lines, of two steps and of one, and the FLOPs of the first."""
+) -> tuple[list[LogRecord], tuple[float, float]]:
+    """Two log lines, of two steps and of one, and the FLOPs of a step: useful, computed."""
     rig = make_rig(
         state,
         folder,
@@ -67,18 +67,18 @@ def measured(
             meter.pause(0.0)
             records.append(meter.record(step))
     counts = count_batches(units)
-    flops = training_flops(
-        shape,
-        num_tokens=counts.num_tokens,
-        num_labels=sum(int((unit.labels != -100).sum()) for unit in units),
-        num_attention_pairs=counts.num_attention_pairs,
-    )
-    return records, flops
+    work = {
+        "num_labels": sum(int((unit.labels != -100).sum()) for unit in units),
+        "num_attention_pairs": counts.num_attention_pairs,
+    }
+    useful = training_flops(shape, num_tokens=counts.num_tokens, **work)
+    computed = hardware_flops(shape, num_padded_tokens=counts.num_padded_tokens, **work)
+    return records, (useful, computed)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["1", "dp2", "tp2", "pp2"])
 def test_every_layout_reports_the_same_training(folder, layout):
-    [(expected, flops)] = run_ranks(LAYOUTS[0], measured, folder)
+    [(expected, (useful, computed))] = run_ranks(LAYOUTS[0], measured, folder)
     ranks = run_ranks(layout, measured, folder)
     for records, _ in ranks:
         assert records == ranks[0][0]
@@ -100,7 +100,11 @@ def test_every_layout_reports_the_same_training(folder, layout):
         assert first.tokens_per_second_per_gpu == pytest.approx(rate)
         rate = 160 / first.seconds_per_step / world_size
         assert first.padded_tokens_per_second_per_gpu == pytest.approx(rate)
-        assert first.mfu == pytest.approx(flops / first.seconds_per_step / world_size / PEAK)
+        gpu_seconds = first.seconds_per_step * world_size
+        assert first.tflops_per_gpu == pytest.approx(useful / gpu_seconds / 1e12)
+        assert first.mfu == pytest.approx(useful / gpu_seconds / PEAK)
+        assert first.hfu == pytest.approx(computed / gpu_seconds / PEAK)
+        assert first.hfu > first.mfu
         assert first.eta_seconds == pytest.approx(8 * first.seconds_per_step)
         assert first.data_share == pytest.approx(0.001 / first.seconds_per_step)
         assert first.memory_gib > 0.05
@@ -128,5 +132,5 @@ def test_a_line_leaves_out_what_has_no_value():
     names = [field.name for field in dataclasses.fields(LogRecord)]
     record = LogRecord(**dict.fromkeys(names, 1))
     assert list(record.as_dict()) == names
-    without = dataclasses.replace(record, mfu=None, grad_norm=None)
-    assert set(names) - set(without.as_dict()) == {"mfu", "grad_norm"}
+    without = dataclasses.replace(record, mfu=None, hfu=None, grad_norm=None)
+    assert set(names) - set(without.as_dict()) == {"mfu", "hfu", "grad_norm"}
