@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.data.tiny_tokenizer import save_tokenizer
+
 ROOT = Path(__file__).parents[1]
 TINY = {
     "hidden_size": 64,
@@ -47,3 +49,28 @@ def test_planning_is_measured_on_lengths_alone() -> None:
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| Zipf")]
     assert [row[2].strip() for row in rows] == ["2,048", "8,192"]
     assert all(float(row[5].strip(" %")) > 99 for row in rows)
+
+
+def test_a_step_on_the_cpu_is_compared_with_transformers_and_peft() -> None:
+    flags = ["--sizes", "64x1", "--tuners", "lora", "--rows", "2", "--length", "32"]
+    command = [sys.executable, ROOT / "benchmarks" / "cpu_step.py", *flags, "--steps", "6"]
+    table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| hidden 64")]
+    assert [(row[3].strip(), row[4].strip()) for row in rows] == [
+        ("rows", "rows"),
+        ("joined", "padded"),
+        ("pack", "pack"),
+        ("pack", "padded"),
+    ]
+    assert all(float(row[7]) > 0 for row in rows)
+
+
+def test_tokenising_is_compared_with_the_library_alone(tmp_path: Path) -> None:
+    data = tmp_path / "rows.json"
+    data.write_text(json.dumps([{"instruction": f"say {n}", "output": f"{n}"} for n in range(9)]))
+    script = ROOT / "benchmarks" / "tokenizing.py"
+    flags = ["--data", data, "--tokenizer", save_tokenizer(tmp_path / "model"), "--rows", "20"]
+    command = [sys.executable, script, *flags, "--num_proc", "1"]
+    table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    names = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
+    assert names == ["what", "---", "prepare", "tokenizers alone"]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,14 @@ class Drop:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class RenderedChunk:
+    """Texts of some conversations, or why there is none, and where they stand."""
+
+    places: tuple[str, ...]
+    rendered: list[Rendered | Drop]
+
+
 class Encoder:
     """Holds the tokenizer; the chat template is looked at when the first conversation needs it."""
 
@@ -77,7 +86,20 @@ class Encoder:
         Raises:
             ValueError: The tokenizer has no usable chat template.
         """
+        return self.tokenise(self.render(conversations))
+
+    def render(self, conversations: Sequence[Conversation]) -> RenderedChunk:
+        """The first half of `encode`, Python that one thread at a time may run.
+
+        Raises:
+            ValueError: The tokenizer has no usable chat template.
+        """
         rendered = [self._render(conversation) for conversation in conversations]
+        return RenderedChunk(tuple(str(row.place) for row in conversations), rendered)
+
+    def tokenise(self, chunk: RenderedChunk) -> list[Encoded | Drop]:
+        """The second half, which computes outside of Python most of the time."""
+        rendered = chunk.rendered
         texts = [item.text for item in rendered if isinstance(item, Rendered)]
         if not texts:
             return [item for item in rendered if isinstance(item, Drop)]
@@ -92,15 +114,13 @@ class Encoder:
         )
         tokenised = iter(zip(batch["input_ids"], batch["offset_mapping"], strict=True))
         results: list[Encoded | Drop] = []
-        for conversation, item in zip(conversations, rendered, strict=True):
+        for place, item in zip(chunk.places, rendered, strict=True):
             if isinstance(item, Drop):
                 results.append(item)
                 continue
             ids, offsets = next(tokenised)
-            has_loss = tokens_inside(np.asarray(offsets).reshape(-1, 2), item.spans)
-            results.append(
-                self._cut(np.asarray(ids, dtype=np.int32), has_loss, str(conversation.place))
-            )
+            has_loss = tokens_inside(_as_array(offsets), item.spans)
+            results.append(self._cut(np.asarray(ids, dtype=np.int32), has_loss, place))
         return results
 
     def _render(self, conversation: Conversation) -> Rendered | Drop:
@@ -135,6 +155,12 @@ class Encoder:
         if (labels == IGNORED).all():
             return Drop(Why.NO_LABEL)
         return Encoded(ids, labels, place, truncated)
+
+
+def _as_array(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """int64 [num_pairs, 2]; numpy takes twice as long to find out by itself."""
+    numbers = chain.from_iterable(pairs)
+    return np.fromiter(numbers, dtype=np.int64, count=2 * len(pairs)).reshape(-1, 2)
 
 
 def tokens_inside(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -9,7 +9,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -279,7 +279,9 @@ def _encoded_chunks(
     # A worker takes seconds to start, about as long as it needs for eight chunks.
     num_proc = min(num_proc, len(chunks) // 8)
     if num_proc <= 1:
-        yield from map(encoder.encode, chunks)
+        # While the tokenizer library works on a chunk, Python renders the next one.
+        with ThreadPoolExecutor(1) as executor:
+            yield from map_ahead(executor, encoder.tokenise, map(encoder.render, chunks), ahead=2)
         return
     # Spawned, not forked: the tokenizer library runs threads, which do not survive a fork.
     spawn = get_context("spawn")
