@@ -86,7 +86,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def log_of(folder: Path) -> list[dict]:
     """What does not depend on the clock."""
-    varying = ("second", "eta", "memory", "share")
+    varying = ("second", "eta", "memory", "share", "flops")
     return [
         {
             name: value
