@@ -70,6 +70,16 @@ def gated(
     )
 
 
+def is_swiglu(config: TransformerConfig) -> bool:
+    """Whether the gated activation of a model is what `swiglu` computes."""
+    return (
+        config.gated_linear_unit
+        and config.activation_func is F.silu
+        and config.activation_func_clamp_value is None
+        and config.glu_linear_offset == 0.0
+    )
+
+
 def swiglu(hidden: torch.Tensor, probs: torch.Tensor | None = None) -> torch.Tensor:
     """SiLU of the gate times the other half, in one kernel.
 

@@ -7,13 +7,12 @@ package). Here all local experts of a projection are one parameter `[experts, ou
 """
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import grouped_mm
 
-from mtrain.model.activation import gated, swiglu
+from mtrain.model.activation import gated, is_swiglu, swiglu
 from mtrain.model.expert_bias import add_expert_bias
 
 
@@ -154,8 +153,6 @@ class GroupedExperts(MegatronModule):
 
     def _activate(self, hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
         """Gates [rows, 2 * inner] -> [rows, inner], times the probabilities."""
-        config = self.config
-        is_plain = config.activation_func_clamp_value is None and config.glu_linear_offset == 0.0
-        if config.activation_func is F.silu and is_plain:
+        if is_swiglu(self.config):
             return swiglu(hidden, probs)
-        return gated(hidden, config, probs)
+        return gated(hidden, self.config, probs)

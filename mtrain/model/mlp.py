@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP
 
-from mtrain.model.activation import swiglu
+from mtrain.model.activation import is_swiglu, swiglu
 
 
 class GatedMLP(MLP):
@@ -16,12 +15,7 @@ class GatedMLP(MLP):
         super().__init__(*args, **kwargs)
         config = self.config
         self.is_swiglu = (
-            config.bias_activation_fusion
-            and config.gated_linear_unit
-            and config.activation_func is F.silu
-            and config.activation_func_clamp_value is None
-            and config.glu_linear_offset == 0.0
-            and not config.add_bias_linear
+            config.bias_activation_fusion and is_swiglu(config) and not config.add_bias_linear
         )
 
     def forward(
