@@ -46,8 +46,8 @@ def kernel_class(name: str) -> str:
     return "element by element"
 
 
-def busy_seconds(intervals: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of (begin, end) intervals."""
+def busy_time(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of (begin, end) intervals, in their unit."""
     total, last = 0.0, float("-inf")
     for begin, end in sorted(intervals):
         total += max(0.0, end - max(begin, last))
@@ -116,7 +116,7 @@ class StepProfiler:
             by_class[kernel_class(event.name)] += milliseconds
             by_name[event.name][0] += 1
             by_name[event.name][1] += milliseconds
-        busy = busy_seconds((event.time_range.start, event.time_range.end) for event in kernels)
+        busy = busy_time((event.time_range.start, event.time_range.end) for event in kernels)
         slowest = sorted(by_name.items(), key=lambda item: -item[1][1])[:_NUM_KERNELS]
         return {
             "milliseconds_per_step": 1000 * seconds / num_steps,

@@ -49,7 +49,7 @@ TUNERS: dict[str, dict[str, Any]] = {
         "exp_avg_sq_dtype": "bf16",
     },
     "lora": _LORA,
-    "lora-attention": {**_LORA, "target_modules": "linear_qkv linear_proj"},
+    "lora-attention": {**_LORA, "target_modules": ["linear_qkv", "linear_proj"]},
 }
 
 
@@ -139,8 +139,10 @@ def sft_words(
         "manual_gc": "true",
         **TUNERS[case.tuner],
     }
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    return ["--dataset", *arguments.data, *words, *arguments.flags]
+    words: list[str | Path] = ["--dataset", *arguments.data]
+    for name, value in flags.items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else (str(value),))]
+    return [*words, *arguments.flags]
 
 
 def _program(case: Case, arguments: argparse.Namespace) -> list[str | Path]:
