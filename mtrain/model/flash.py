@@ -1,7 +1,7 @@
 """Torch's variable-length flash attention, without the cost of its public function, with sinks.
 
-The public function is a custom operator: registered in Python, it takes several times as long to
-launch as its kernels, and adds up the gradients of key heads that queries share.
+The public function is a custom operator that is registered in Python, which the host has to go
+through for every layer.
 
 The one thing to know: a sink is a score more in the softmax of every query that no value answers.
 The kernels need not know it. They give the output without sinks and the logarithm of its softmax's
