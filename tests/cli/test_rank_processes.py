@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,15 @@ def test_a_program_that_cannot_be_started_leaves_nobody_behind(
     assert started[0].poll() == -signal.SIGKILL
 
 
+@pytest.fixture
+def not_ignored(signum: int) -> Iterator[None]:
+    """The tests themselves may run under `nohup`."""
+    before = signal.signal(signum, signal.SIG_DFL)
+    yield
+    signal.signal(signum, before)
+
+
+@pytest.mark.usefixtures("not_ignored")
 @pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGQUIT])
 def test_a_closed_terminal_ends_the_wait(signum: int) -> None:
     before = signal.getsignal(signum)
