@@ -11,6 +11,10 @@ from megatron.core.jit import jit_fuser
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mtrain.model.cpu_passes import RootMeanSquareNorm
+from mtrain.platform.device import has_triton
+
+# Below it launching takes longer than the work, and torch's norm is quicker to launch.
+_SMALLEST_FOR_KERNEL = 2048
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -38,6 +42,10 @@ class RMSNorm(torch.nn.RMSNorm):
         """[..., hidden_size] -> [..., hidden_size]; None: the weight, for who norms on its own."""
         if hidden is None:
             return self.weight
+        if hidden.is_cuda and has_triton() and len(self.weight) >= _SMALLEST_FOR_KERNEL:
+            from mtrain.model.kernels.rms_norm import rms_norm
+
+            return rms_norm(hidden, self.weight, self.eps, is_zero_centered=self.is_zero_centered)
         if self.is_zero_centered:
             return _zero_centered_norm(hidden, self.weight, self.eps)
         if not hidden.is_cuda and hidden.dtype == self.weight.dtype == torch.float32:

@@ -11,15 +11,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from megatron.core.optimizer import (
-    ChainedOptimizer,
-    get_megatron_optimizer,
-)
+from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mtrain.config.optimizer import OptimizerConfig
-from mtrain.platform.device import has_transformer_engine
+from mtrain.training.adam import AdamW
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -47,10 +44,6 @@ def build_optimizer(
         raise ValueError(f"--optimizer {settings.optimizer} is not supported; use adam or sgd")
     if settings.optimizer == "sgd" and chunks[0].ddp_config.use_distributed_optimizer:
         raise ValueError("--optimizer sgd needs --use_distributed_optimizer false")
-    if settings.use_precision_aware_optimizer and not has_transformer_engine():
-        raise ValueError(
-            "--use_precision_aware_optimizer true needs Transformer Engine and a GPU; use false"
-        )
     config = chunks[0].config
     if config.fp16 and config.num_moe_experts is not None:
         # Megatron-Core gives experts a loss scale of their own, which drifts from the one that
@@ -59,44 +52,55 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(
         _megatron_config(settings, chunks[0]), list(chunks), use_gloo_process_groups=False
     )
-    _use_fused_adam(optimizer)
+    if settings.optimizer == "adam":
+        _use_our_adam(optimizer, settings)
     config.grad_scale_func = optimizer.scale_loss if config.fp16 else None
     return optimizer
+
+
+class _MainInOptimizer(MegatronOptimizerConfig):
+    """Megatron-Core makes no main parameters and copies no gradients: `AdamW` needs neither.
+
+    The setting behind it asks for Transformer Engine's Adam, whose distributed optimizer works
+    that way.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = self.use_distributed_optimizer
 
 
 def _megatron_config(
     settings: OptimizerConfig, chunk: DistributedDataParallel
 ) -> MegatronOptimizerConfig:
     assert settings.lr is not None, "lr is resolved with the other settings"
-    return MegatronOptimizerConfig(
+    kind = _MainInOptimizer if settings.optimizer == "adam" else MegatronOptimizerConfig
+    return kind(
         optimizer=settings.optimizer,
         lr=settings.lr,
         min_lr=settings.min_lr,
         weight_decay=settings.weight_decay,
         apply_wd_to_qk_layernorm=settings.apply_wd_to_qk_layernorm,
         clip_grad=settings.clip_grad,
-        adam_beta1=settings.adam_beta1,
-        adam_beta2=settings.adam_beta2,
-        adam_eps=settings.adam_eps,
         sgd_momentum=settings.sgd_momentum,
         bf16=chunk.config.bf16,
         fp16=chunk.config.fp16,
         params_dtype=chunk.config.params_dtype,
         use_distributed_optimizer=chunk.ddp_config.use_distributed_optimizer,
         overlap_param_gather=chunk.ddp_config.overlap_param_gather,
-        use_precision_aware_optimizer=settings.use_precision_aware_optimizer,
-        exp_avg_dtype=_DTYPES[settings.exp_avg_dtype],
-        exp_avg_sq_dtype=_DTYPES[settings.exp_avg_sq_dtype],
     )
 
 
-def _use_fused_adam(optimizer: ChainedOptimizer) -> None:
-    """Lets torch's AdamW update in one kernel; without it each update reads memory many times."""
+def _use_our_adam(optimizer: ChainedOptimizer, settings: OptimizerConfig) -> None:
     for part in optimizer.chained_optimizers:
-        if type(part.optimizer) is torch.optim.AdamW:
-            for group in part.optimizer.param_groups:
-                group["fused"] = True
-                group["foreach"] = False
+        if not part.is_stub_optimizer:
+            part.optimizer = AdamW(
+                part.optimizer.param_groups,
+                betas=(settings.adam_beta1, settings.adam_beta2),
+                eps=settings.adam_eps,
+                exp_avg_dtype=_DTYPES[settings.exp_avg_dtype],
+                exp_avg_sq_dtype=_DTYPES[settings.exp_avg_sq_dtype],
+            )
 
 
 def build_scheduler(

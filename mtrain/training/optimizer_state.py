@@ -1,16 +1,16 @@
 """What the optimizer remembers of every trained parameter, in one form for all optimizers.
 
-The one thing to know: Megatron-Core keeps main parameters and moments in three different ways
-(float32, half precision, shared out over data-parallel ranks), and optimizers count their updates
-in different places. Here each trained parameter is a run of float32 numbers under a few names:
-`param` (the float32 main parameter) and the moments, such as `exp_avg`.
+The one thing to know: Megatron-Core keeps what is trained in three different ways (float32, half
+precision, shared out over data-parallel ranks), and optimizers what they remember in others. Here
+each trained parameter is a run of float32 numbers under a few names: `param` (the float32 main
+parameter) and the moments, such as `exp_avg`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.optimizer import (
@@ -22,6 +22,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 
+from mtrain.training.adam import MAIN, AdamW
 from mtrain.training.wrap import unwrap
 
 if TYPE_CHECKING:
@@ -40,11 +41,6 @@ __all__ = [
 
 _Groups = Sequence[Sequence[torch.Tensor]]
 
-# Name of the float32 main parameters among what an optimizer remembers.
-MAIN = "param"
-# Transformer Engine's name for them.
-_MASTER = "master_param"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterState:
@@ -55,7 +51,6 @@ class ParameterState:
         name: Name of the parameter in the bare chunk.
         start: First element of the flattened parameter that belongs to this rank.
         stop: The element after the last.
-        main: float32 [stop - start], the main parameter; the parameter itself in float32.
         owner: The optimizer that updates it.
         key: What that optimizer knows it by.
     """
@@ -64,64 +59,32 @@ class ParameterState:
     name: str
     start: int
     stop: int
-    main: torch.Tensor
     owner: torch.optim.Optimizer
     key: torch.Tensor
 
     def read(self, kind: str) -> torch.Tensor:
-        """What is remembered: float32 [stop - start], not a copy; zeros if it is not there yet.
+        """What is remembered: float32 [stop - start], a copy where it is kept in another form.
+
+        Zeros if it is not there yet.
 
         Args:
             kind: `MAIN` or the name of a moment.
         """
+        if isinstance(self.owner, AdamW):
+            return self.owner.read(self.key, kind)
         if kind == MAIN:
-            return self.main
+            return self.key.detach().view(-1)
         state = self.owner.state[self.key]
         if kind not in state:
             state[kind] = torch.zeros_like(self.key, dtype=torch.float32)
         return state[kind].view(-1)
 
     def write(self, kind: str, values: torch.Tensor) -> None:
-        """Sets it; nothing is left to do for what `read` returned and was filled in place."""
-        target = self.read(kind)
-        if target.data_ptr() != values.data_ptr():
-            target.copy_(values)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NarrowParameterState(ParameterState):
-    """The same where Transformer Engine's Adam keeps moments, and main parameters, in fewer bits.
-
-    `main` is the parameter itself here. With remainders, the optimizer keeps the lower 16 bits of
-    the main parameter as int16, and the parameter is the upper ones, rounded up where those are
-    negative. Source: `transformer_engine`, `AdamFunctorMasterParamRemainder`.
-    """
-
-    def read(self, kind: str) -> torch.Tensor:
-        """What is remembered: float32 [stop - start], a copy where it is kept in fewer bits."""
-        if not self.owner.state[self.key]:
-            self.owner.initialize_state(self.key, self._has_remainders)
-        values = self.owner.get_unscaled_state(self.key, _MASTER if kind == MAIN else kind)
-        if kind == MAIN and self._has_remainders:
-            upper = self.key.view(torch.int16).to(torch.int32) - (values < 0).to(torch.int32)
-            values = ((upper << 16) | (values.to(torch.int32) & 0xFFFF)).view(torch.float32)
-        return values.view(-1)
-
-    def write(self, kind: str, values: torch.Tensor) -> None:
-        """Sets it, rounded to the bits that it is kept in."""
-        name = _MASTER if kind == MAIN else kind
-        if kind == MAIN and self._has_remainders:
-            bits = values.view(torch.int32)
-            remainders = (bits & 0xFFFF).to(torch.int16)
-            upper = (bits >> 16) + (remainders < 0).to(torch.int32)
-            with torch.no_grad():
-                self.key.view(torch.int16).copy_(upper.to(torch.int16))
-            values = remainders
-        self.owner.set_scaled_state(self.key, name, values.view_as(self.key))
-
-    @property
-    def _has_remainders(self) -> bool:
-        return self.owner.store_param_remainders and self.key.dtype == torch.bfloat16
+        """Sets it, also if `values` are what `read` returned and were filled in place."""
+        if isinstance(self.owner, AdamW):
+            self.owner.write(self.key, kind, values)
+        else:
+            self.read(kind).copy_(values)
 
 
 def trained_parameters(
@@ -152,14 +115,12 @@ def parameter_states(
             continue
         for parameter, key, start in _updated(part):
             chunk, name = names[parameter]
-            is_narrow = optimizer.config.use_precision_aware_optimizer
             states.append(
-                (NarrowParameterState if is_narrow else ParameterState)(
+                ParameterState(
                     chunk=chunk,
                     name=name,
                     start=start,
                     stop=start + key.numel(),
-                    main=key.detach().view(-1),
                     owner=part.optimizer,
                     key=key,
                 )
@@ -172,9 +133,7 @@ def _updated(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """Parameter of the model, what the optimizer updates in its place, and where that begins."""
     if isinstance(part, DistributedOptimizer):
-        is_narrow = part.config.use_precision_aware_optimizer
-        mains = part.shard_float16_groups if is_narrow else part.shard_fp32_from_float16_groups
-        pairs = _pairs(part.model_float16_groups, mains)
+        pairs = _pairs(part.model_float16_groups, part.shard_float16_groups)
         pairs += _pairs(part.model_fp32_groups, part.shard_fp32_groups)
         for parameter, shard in pairs:
             yield parameter, shard, part._get_model_param_range_map(parameter)["param"].start
@@ -220,7 +179,6 @@ def optimizer_progress(optimizer: ChainedOptimizer) -> OptimizerProgress:
     counts = {0}
     for inner in _inner_optimizers(optimizer):
         counts |= {int(group["step"]) for group in inner.param_groups if "step" in group}
-        counts |= {int(state["step"]) for state in inner.state.values() if "step" in state}
     scales = [
         {name: float(value) for name, value in scaler.state_dict().items()}
         for scaler in _loss_scalers(optimizer)
@@ -236,12 +194,8 @@ def restore_progress(optimizer: ChainedOptimizer, progress: OptimizerProgress) -
         progress: From `optimizer_progress`.
     """
     for inner in _inner_optimizers(optimizer):
-        counts_itself = isinstance(inner, torch.optim.AdamW)
-        for group in inner.param_groups:
-            if counts_itself:
-                for key in group["params"]:
-                    inner.state[key]["step"] = _count(progress.num_updates, key, group)
-            elif optimizer.config.optimizer == "adam":
+        if isinstance(inner, AdamW):
+            for group in inner.param_groups:
                 group["step"] = progress.num_updates
     if not progress.loss_scale:
         return
@@ -254,12 +208,6 @@ def restore_progress(optimizer: ChainedOptimizer, progress: OptimizerProgress) -
                 "hysteresis_tracker": int(saved["hysteresis_tracker"]),
             }
         )
-
-
-def _count(num_updates: int, key: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-    """A count of updates as torch's AdamW makes it: a fused one reads it on the device."""
-    device = key.device if group["fused"] else torch.device("cpu")
-    return torch.tensor(float(num_updates), dtype=torch.float32, device=device)
 
 
 def _inner_optimizers(optimizer: ChainedOptimizer) -> list[torch.optim.Optimizer]:

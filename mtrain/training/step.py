@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mtrain.model.loss import IGNORED
 from mtrain.parallel import ParallelState
+from mtrain.training.adam import AdamW
 from mtrain.training.batch import MicroBatch, to_device
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __all__ = ["NonFiniteError", "StepResult", "run_schedule", "train_step"]
 
 _MAX_NAMED_SAMPLES = 64
 _LOWEST_LOSS_SCALE = 1.0  # Megatron-Core's default for float16
+_SMALLEST_NORM = 1e-6  # torch's `clip_grads_with_norm_` adds it too
 
 
 class NonFiniteError(RuntimeError):
@@ -234,19 +236,13 @@ def _grad_norm(optimizer: ChainedOptimizer, device: torch.device) -> torch.Tenso
 def _update(optimizer: ChainedOptimizer, grad_norm: torch.Tensor) -> None:
     """Clips gradients and steps; `ChainedOptimizer.step` would not let us look in between."""
     for part in optimizer.chained_optimizers:
-        if part.config.clip_grad > 0:
-            _clip(part, grad_norm)
+        limit, inner = part.config.clip_grad, part.optimizer
+        if isinstance(inner, AdamW):
+            factor = (limit / (grad_norm + _SMALLEST_NORM)).clamp(max=1.0)
+            inner.gradient_factor = factor if limit > 0 else None
+        elif limit > 0:
+            clip_grads_with_norm_(part.get_parameters(), limit, grad_norm)
     optimizer.step_with_ready_grads()
-
-
-def _clip(part: MegatronOptimizer, grad_norm: torch.Tensor) -> None:
-    parameters, limit = part.get_parameters(), part.config.clip_grad
-    if not part.config.use_precision_aware_optimizer:
-        clip_grads_with_norm_(parameters, limit, grad_norm)
-        return
-    # Gradients in float32 of parameters that are not: they do not fit `grad`.
-    grads = [parameter.decoupled_grad for parameter in parameters]
-    torch._foreach_mul_(grads, (limit / (grad_norm + 1e-6)).clamp(max=1.0))
 
 
 def _total(sums: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
