@@ -66,13 +66,13 @@ class Pairs:
         def timed(
             chunks: Any, optimizer: Any, scheduler: Any, batches: Any, **keywords: Any
         ) -> Any:
-            (batch,) = batches
             wall, cpu = time.perf_counter(), time.process_time()
             result = train_step(chunks, optimizer, scheduler, batches, **keywords)
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             loss, _, num_labels = result.sums.tolist()
             self.ours.append(hf_step.Timing(wall, cpu, loss / num_labels, result.grad_norm))
-            self.others.append(self._theirs.submit(hf_step.step, as_lists(batch)).result())
+            same = [as_lists(batch) for batch in batches]
+            self.others.append(self._theirs.submit(hf_step.step, same).result())
             return result
 
         return timed
@@ -129,11 +129,7 @@ def train(
         "save_steps": options.steps,
         "logging_steps": options.steps,
         "no_save_optim": "true",
-        "lr": hf_step.LR,
-        "lr_decay_style": "constant",
-        "weight_decay": hf_step.WEIGHT_DECAY,
-        "adam_beta2": hf_step.BETAS[1],
-        "clip_grad": hf_step.CLIP,
+        **hf_step.SFT_FLAGS,
     }
     if case.batch != "pack":
         flags |= {"padding_free": str(case.batch == "joined").lower()}

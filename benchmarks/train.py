@@ -239,7 +239,7 @@ def _keep(lines: list[dict[str, Any]], case: Case, folder: Path | None) -> None:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _versions() -> str:
+def versions() -> str:
     """The machine and the packages that decide the speed."""
     names = ("torch", "megatron-core", "transformer-engine", "nvidia-cudnn-cu13", "triton")
     found = []
@@ -267,7 +267,7 @@ def main() -> int:
                 _keep(outcome.lines, case, arguments.log_dir)
             # Now too, because the cases that follow may be cut short.
             print(rows[-1], flush=True)
-    print(_versions())
+    print(versions())
     print("\n".join([HEADER, "|" + "---|" * HEADER.count(" |"), *rows]))
     return min(num_failed, 1)
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.data.tiny_tokenizer import save_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -74,3 +76,43 @@ def test_tokenising_is_compared_with_the_library_alone(tmp_path: Path) -> None:
     table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     names = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
     assert names == ["what", "---", "prepare", "tokenizers alone"]
+
+
+def loss_curves(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    data = folder / "rows.json"
+    data.write_text(json.dumps([{"instruction": f"say {n}", "output": f"{n}"} for n in range(99)]))
+    flags = {
+        "data": data,
+        "tokenizer": save_tokenizer(folder / "tokenizer"),
+        "sizes": json.dumps(TINY | {"vocab_size": 272, "num_hidden_layers": 2}),
+        "length": 128,
+        "global_batch_size": 2,
+        "steps": 5,
+        "work": folder,
+        "log_dir": folder / "curves",
+    }
+    given = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    command = [sys.executable, ROOT / "benchmarks" / "loss_curves.py", *given, *words]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def test_loss_curves_agree_without_fusions_and_with_a_plain_step(tmp_path: Path) -> None:
+    done = loss_curves(tmp_path, "--variants", "te", "torch", "torch-unfused", "plain")
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| variant", "| torch", "| torch-unfused", "| plain"]
+    assert "Transformer Engine cannot be used here: te\n" in done.stdout
+    kept = json.loads((tmp_path / "curves" / "loss_curves.json").read_text("utf-8"))
+    assert "apply_rope_fusion" in kept["unfused"]
+    torch, *others = kept["curves"].values()
+    assert torch["loss"][-1] < torch["loss"][0] - 0.01
+    for other in others:
+        assert other["loss"] == pytest.approx(torch["loss"], abs=1e-5)
+        assert other["grad_norm"] == pytest.approx(torch["grad_norm"], rel=1e-4)
+
+
+def test_loss_curves_say_which_variant_failed(tmp_path: Path) -> None:
+    words = ("--variants", "torch", "plain", "--", "--recompute_granularity", "no")
+    done = loss_curves(tmp_path, *words)
+    assert done.returncode == 1
+    assert "| torch | failed |\n| plain | failed |" in done.stdout
