@@ -4,8 +4,8 @@
         --cases qwen3-0.6b:te qwen3-8b:torch:lora qwen3-8b:te:full:2 --steps 50
 
 Each case makes a random checkpoint, unless the case before had the same shape, trains, and is read
-off its `logging.jsonl`: the first half of the lines (one each five steps) is warm-up, of the rest
-the median is shown. A case that fails has a row that says so, and the others go on. With
+off its `logging.jsonl`: the first third of the lines (one each five steps) is warm-up, of the
+rest the median is shown. A case that fails has a row that says so, and the others go on. With
 `--profile` the last two steps are profiled (`kernel_times.py`).
 """
 
@@ -187,10 +187,10 @@ def _run_shown(command: list[str | Path], *, environment: dict[str, str]) -> str
     return "".join(lines)
 
 
-def table_row(case: Case, outcome: Outcome) -> str:
-    """The row of one case."""
+def table_row(case: Case, outcome: Outcome, *, is_profiled: bool) -> str:
+    """The row of one case; the line with the steps that were profiled is left out."""
     lines = outcome.lines
-    steady = lines[len(lines) // 2 :]
+    steady = lines[len(lines) // 3 : -1 if is_profiled else None]
 
     def median(name: str) -> float:
         return statistics.median(line.get(name) or 0.0 for line in steady)
@@ -263,7 +263,7 @@ def main() -> int:
                 num_failed += 1
                 rows.append(f"| {case} | failed with exit code {error.returncode} |")
             else:
-                rows.append(table_row(case, outcome))
+                rows.append(table_row(case, outcome, is_profiled=arguments.profile))
                 _keep(outcome.lines, case, arguments.log_dir)
             # Now too, because the cases that follow may be cut short.
             print(rows[-1], flush=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mtrain.cli.launch import Placement
+from mtrain.cli.launch import Placement, let_gpu_memory_grow
 from mtrain.cli.model_source import dtype_name
 from mtrain.config import ExportConfig, ModelConfig, SftConfig
 from mtrain.parallel import World, initialize_world
@@ -25,6 +25,7 @@ def join(config: SftConfig | ExportConfig, here: Placement, *, uses_gpu: bool = 
         here: This rank.
         uses_gpu: Whether there will be a model; without one the ranks only share files.
     """
+    let_gpu_memory_grow()
     return initialize_world(
         size=here.world_size,
         rank=here.rank,

@@ -31,6 +31,7 @@ __all__ = [
     "join_ranks",
     "launch_ranks",
     "launcher_began",
+    "let_gpu_memory_grow",
     "rank_exit_code",
     "read_environment",
     "wait_until_prepared",
@@ -125,6 +126,15 @@ def join_ranks(placement: Placement) -> None:
         # All nodes must agree without talking, and two jobs on a node must not meet.
         MASTER_PORT=os.environ.get("MASTER_PORT", str(20000 + job % 10000)),
     )
+
+
+def let_gpu_memory_grow() -> None:
+    """Lets torch extend its blocks of GPU memory, so that gaps between them are not lost.
+
+    Its allocator reads the setting when it is first used; one that was given is left alone.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def launch_ranks(launch: Launch, words: Sequence[str], prepare: Callable[[], str | None]) -> int:

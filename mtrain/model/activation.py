@@ -14,6 +14,7 @@ from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl, weighted_b
 from megatron.core.jit import jit_fuser
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mtrain.platform.cpu_speed import swiglu_gradient
 from mtrain.platform.device import has_triton
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -97,6 +98,27 @@ def swiglu(hidden: torch.Tensor, probs: torch.Tensor | None = None) -> torch.Ten
     if probs is None:
         return bias_swiglu_impl(hidden, None)
     return weighted_bias_swiglu_impl(hidden, None, probs.unsqueeze(-1))
+
+
+def swiglu_backward(
+    hidden: torch.Tensor, grad: torch.Tensor, *, wants_output: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The backward pass of `swiglu` without probabilities, in one kernel.
+
+    Args:
+        hidden: [..., 2 * inner], what it was given.
+        grad: [..., inner], the gradient of its output.
+        wants_output: Whether its output is wanted once more.
+
+    Returns:
+        The gradient of `hidden`, and the output or None.
+    """
+    if hidden.is_cuda and has_triton():
+        from mtrain.model.kernels import swiglu as kernels
+
+        hidden_grad, _, output = kernels.swiglu_backward(hidden, grad, wants_output=wants_output)
+        return hidden_grad, output
+    return swiglu_gradient(grad, hidden), swiglu(hidden) if wants_output else None
 
 
 @jit_fuser

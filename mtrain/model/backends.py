@@ -48,6 +48,7 @@ from mtrain.model.next_tokens import NextTokenLayer
 from mtrain.model.norm import RMSNorm, norm_class
 from mtrain.model.residual import NormedResidual
 from mtrain.model.router import BalancedRouter
+from mtrain.model.te_linear import row_linear_with_swiglu
 from mtrain.platform.device import has_gpu, has_transformer_engine
 
 
@@ -79,6 +80,10 @@ class TransformerEngineProvider(TESpecProvider):
     """Transformer Engine's layers with our experts."""
 
     packed_format = "thd"
+
+    def row_parallel_linear(self) -> type:
+        """A linear whose inputs ranks share."""
+        return row_linear_with_swiglu(super().row_parallel_linear())
 
     def grouped_mlp_modules(
         self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool

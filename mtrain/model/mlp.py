@@ -9,7 +9,10 @@ from mtrain.model.activation import is_swiglu, swiglu
 
 
 class GatedMLP(MLP):
-    """Megatron-Core's MLP with `swiglu` where the activation is that of Llama."""
+    """Megatron-Core's MLP with `swiglu` where the activation is that of Llama.
+
+    The linear behind it applies it where it can: then its output is not kept for backward.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -28,4 +31,6 @@ class GatedMLP(MLP):
         if not self.is_swiglu or per_token_scale is not None:
             return super().forward(hidden_states, per_token_scale, **kwargs)
         hidden, _ = self.linear_fc1(hidden_states)
+        if self.linear_fc2.fuses_swiglu(hidden):
+            return self.linear_fc2(hidden, applies_swiglu=True)
         return self.linear_fc2(swiglu(hidden))

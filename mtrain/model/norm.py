@@ -5,6 +5,8 @@ sees another part of the sequence, so gradients of weight and bias have to be su
 ranks. These carry the mark that Megatron-Core's gradient reduction looks for.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from megatron.core.jit import jit_fuser
@@ -42,15 +44,50 @@ class RMSNorm(torch.nn.RMSNorm):
         """[..., hidden_size] -> [..., hidden_size]; None: the weight, for who norms on its own."""
         if hidden is None:
             return self.weight
-        if hidden.is_cuda and has_triton() and len(self.weight) >= _SMALLEST_FOR_KERNEL:
+        source = NormInput(
+            hidden=hidden, weight=self.weight, eps=self.eps, is_zero_centered=self.is_zero_centered
+        )
+        output = source.normed()
+        if source.is_for_kernel and torch.is_grad_enabled():
+            # A linear then keeps no output for backward: the input is kept anyway.
+            output.norm_input = source
+        return output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormInput:
+    """What the output of a root-mean-square norm can be made of again.
+
+    Attributes:
+        hidden: [..., hidden_size].
+        weight: [hidden_size].
+        eps: Added to the mean square.
+        is_zero_centered: Whether the factor is 1 + weight.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    eps: float
+    is_zero_centered: bool
+
+    @property
+    def is_for_kernel(self) -> bool:
+        """Whether our kernel norms it."""
+        is_wide = len(self.weight) >= _SMALLEST_FOR_KERNEL
+        return is_wide and self.hidden.is_cuda and has_triton()
+
+    def normed(self) -> torch.Tensor:
+        """[..., hidden_size], the same bits each time."""
+        hidden, weight = self.hidden, self.weight
+        if self.is_for_kernel:
             from mtrain.model.kernels.rms_norm import rms_norm
 
-            return rms_norm(hidden, self.weight, self.eps, is_zero_centered=self.is_zero_centered)
+            return rms_norm(hidden, weight, self.eps, is_zero_centered=self.is_zero_centered)
         if self.is_zero_centered:
-            return _zero_centered_norm(hidden, self.weight, self.eps)
-        if not hidden.is_cuda and hidden.dtype == self.weight.dtype == torch.float32:
-            return RootMeanSquareNorm.apply(hidden, self.weight, self.eps)
-        return super().forward(hidden)
+            return _zero_centered_norm(hidden, weight, self.eps)
+        if not hidden.is_cuda and hidden.dtype == weight.dtype == torch.float32:
+            return RootMeanSquareNorm.apply(hidden, weight, self.eps)
+        return F.rms_norm(hidden, weight.shape, weight, self.eps)
 
 
 @jit_fuser

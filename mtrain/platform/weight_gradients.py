@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-__all__ = ["add_product", "install_weight_gradients"]
+__all__ = ["add_product", "add_to_main_grad", "install_weight_gradients"]
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -18,6 +18,25 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+def add_to_main_grad(
+    weight: torch.Tensor, output_grad: torch.Tensor, input_: torch.Tensor
+) -> torch.Tensor:
+    """Adds the gradient of a linear's weight to `weight.main_grad`.
+
+    Args:
+        weight: [out, in].
+        output_grad: [rows, out].
+        input_: [rows, in].
+
+    Returns:
+        What a function's backward pass returns for the weight. Nobody reads it: see
+        `mtrain.model.head` on why there is one.
+    """
+    add_product(weight.main_grad, output_grad.t(), input_)
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
 
 
 def _accumulate(

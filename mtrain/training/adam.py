@@ -58,7 +58,7 @@ class AdamW(torch.optim.Optimizer):
         self._tables: dict[Any, Any] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Takes a group as it is: torch refuses views, and the distributed optimizer's are views."""
+        """Takes a group as it is; torch refuses views, as those of shared-out parameters are."""
         for name, default in self.defaults.items():
             param_group.setdefault(name, default)
         self.param_groups.append(param_group)

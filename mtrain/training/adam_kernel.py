@@ -137,25 +137,14 @@ def _pointed_at(tensor: torch.Tensor) -> Any:
     }[tensor.dtype]
 
 
+# fmt: off
 @triton.jit
 def _update_kernel(
-    rows,
-    programs,
-    factor,
-    kept_share,
-    step_size,
-    beta1,
-    beta2,
-    root_of_correction,
-    eps,
-    PARAMETER: tl.constexpr,
-    REST: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    EXP_AVG: tl.constexpr,
-    EXP_AVG_SQ: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
-    BLOCK: tl.constexpr,
+    rows, programs, factor, kept_share, step_size, beta1, beta2, root_of_correction, eps,
+    PARAMETER: tl.constexpr, REST: tl.constexpr, GRADIENT: tl.constexpr,
+    EXP_AVG: tl.constexpr, EXP_AVG_SQ: tl.constexpr, HAS_FACTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):
+    """One block of one parameter."""
     program = tl.program_id(0).to(tl.int64)
     row = rows + 6 * tl.load(programs + 2 * program)
     start = tl.load(programs + 2 * program + 1).to(tl.int64) * BLOCK
@@ -170,36 +159,12 @@ def _update_kernel(
     # Without a mask loads are wide; only the end of a parameter has one.
     if start + BLOCK <= size:
         _update_block(
-            parameter + at,
-            rest + at,
-            gradient + at,
-            exp_avg + at,
-            exp_avg_sq + at,
-            None,
-            factor_of_gradients,
-            kept_share,
-            step_size,
-            beta1,
-            beta2,
-            root_of_correction,
-            eps,
-        )
+            parameter + at, rest + at, gradient + at, exp_avg + at, exp_avg_sq + at, None,
+            factor_of_gradients, kept_share, step_size, beta1, beta2, root_of_correction, eps)
     else:
         _update_block(
-            parameter + at,
-            rest + at,
-            gradient + at,
-            exp_avg + at,
-            exp_avg_sq + at,
-            at < size,
-            factor_of_gradients,
-            kept_share,
-            step_size,
-            beta1,
-            beta2,
-            root_of_correction,
-            eps,
-        )
+            parameter + at, rest + at, gradient + at, exp_avg + at, exp_avg_sq + at, at < size,
+            factor_of_gradients, kept_share, step_size, beta1, beta2, root_of_correction, eps)
 
 
 @triton.jit
@@ -209,20 +174,10 @@ def _pointer(address, dtype: tl.constexpr):
 
 @triton.jit
 def _update_block(
-    parameter,
-    rest,
-    gradient,
-    exp_avg,
-    exp_avg_sq,
-    mask,
-    factor,
-    kept_share,
-    step_size,
-    beta1,
-    beta2,
-    root_of_correction,
-    eps,
+    parameter, rest, gradient, exp_avg, exp_avg_sq, mask,
+    factor, kept_share, step_size, beta1, beta2, root_of_correction, eps,
 ):
+    """Elements, all or those of the mask."""
     slope = tl.load(gradient, mask=mask).to(tl.float32) * factor
     if rest.dtype.element_ty == tl.int16:
         lower = tl.load(rest, mask=mask).to(tl.int32)

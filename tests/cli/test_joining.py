@@ -1,9 +1,12 @@
 """What ranks know before they have a model: the precision."""
 
+import os
+
 import pytest
 import torch
 
 from mtrain.cli.joining import training_dtype
+from mtrain.cli.launch import let_gpu_memory_grow
 from mtrain.config import ModelConfig
 
 
@@ -29,3 +32,18 @@ def test_an_adapter_may_have_a_precision_of_its_own() -> None:
 def test_a_precision_that_cannot_be_trained_in_is_refused() -> None:
     with pytest.raises(ValueError, match=r"config\.json: dtype 'float8_e4m3fn' cannot be trained"):
         training_dtype(ModelConfig(), {"dtype": "float8_e4m3fn"})
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_grows_in_place_unless_the_allocator_was_set(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for every in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(every, raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    let_gpu_memory_grow()
+    assert os.environ.pop("PYTORCH_CUDA_ALLOC_CONF") == "expandable_segments:True"
+    os.environ[name] = "max_split_size_mb:64"
+    let_gpu_memory_grow()
+    assert [key for key in os.environ if "ALLOC_CONF" in key] == [name]
+    assert os.environ[name] == "max_split_size_mb:64"

@@ -10,7 +10,7 @@ from transformers import GptOssConfig
 from transformers.activations import ACT2FN
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from mtrain.model.activation import activation_function, gated
+from mtrain.model.activation import activation_function, gated, swiglu, swiglu_backward
 from mtrain.parallel import ParallelLayout
 from tests.ranks import run_ranks
 
@@ -150,3 +150,15 @@ def test_probabilities_in_float32_leave_half_precision_as_it_is():
     )
     assert output.dtype == torch.bfloat16
     assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.float32]
+
+
+def test_backward_of_swiglu_gives_its_output_once_more_where_asked():
+    hidden = random_hidden().requires_grad_()
+    output = swiglu(hidden)
+    grad = torch.randn_like(output)
+    output.backward(grad)
+    for wants_output in (True, False):
+        arguments = hidden.detach(), grad
+        hidden_grad, again = swiglu_backward(*arguments, wants_output=wants_output)
+        assert torch.equal(hidden_grad, hidden.grad)
+        assert torch.equal(again, output) if wants_output else again is None

@@ -98,6 +98,31 @@ def test_shared_experts_in_a_second_stream_give_the_same(name, state, tmp_path):
         assert (other_grads[key] - grad).norm() <= 2e-2 * grad.norm(), key
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_dense_mlp_keeps_no_activation(backend, state, tmp_path):
+    folder = make_checkpoint(tmp_path, "qwen3", hidden_size=128)
+    (model,) = load_model(state, folder, dtype=torch.bfloat16, backend=backend)
+    mlp, num_tokens = model.decoder.layers[0].mlp, 4096
+    inputs = torch.randn(num_tokens, 1, 128, device="cuda", dtype=torch.bfloat16)
+    assert mlp.linear_fc2.fuses_swiglu(inputs)
+    results = []
+    for fuses in (True, False):
+        mlp.linear_fc2.fuses_swiglu = lambda _hidden, fuses=fuses: fuses
+        for _ in range(2):  # kernels are compiled, workspaces allocated
+            mlp.zero_grad()
+            hidden = inputs.clone().requires_grad_()
+            before = torch.cuda.memory_allocated()
+            output, _ = mlp(hidden)
+            kept = torch.cuda.memory_allocated() - before
+            output.sum().backward()
+        grads = [hidden.grad, *(weight.grad.clone() for weight in mlp.parameters())]
+        results.append((kept, [output.detach(), *grads]))
+    (fused, ours), (plain, theirs) = results
+    assert plain - fused == num_tokens * model.config.ffn_hidden_size * 2
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).norm() <= 1e-2 * other.norm()
+
+
 def head_on_gpu(num_tokens, *, vocab_size, hidden_size):
     """Hidden states, a weight with a main gradient as data parallelism makes it, and labels."""
     generator = torch.Generator(device="cuda").manual_seed(0)

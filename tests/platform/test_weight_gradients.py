@@ -3,7 +3,11 @@ import torch
 from megatron.core.tensor_parallel import layers
 
 from mtrain.platform.device import prepare_megatron
-from mtrain.platform.weight_gradients import add_product, install_weight_gradients
+from mtrain.platform.weight_gradients import (
+    add_product,
+    add_to_main_grad,
+    install_weight_gradients,
+)
 
 
 def test_products_are_added_without_rounding_them() -> None:
@@ -14,6 +18,16 @@ def test_products_are_added_without_rounding_them() -> None:
     total = torch.ones(3, 4)
     add_product(total, left.bfloat16(), right.bfloat16())
     torch.testing.assert_close(total, 1 + left.bfloat16().float() @ right.bfloat16().float())
+
+
+def test_the_gradient_of_a_weight_goes_to_its_main_gradient() -> None:
+    weight = torch.nn.Parameter(torch.randn(3, 4))
+    weight.main_grad, weight.grad_added_to_main_grad = torch.ones(3, 4), False
+    grad, inputs = torch.randn(6, 3), torch.randn(6, 4)
+    unread = add_to_main_grad(weight, grad, inputs)
+    assert unread.shape == weight.shape
+    assert weight.grad_added_to_main_grad
+    torch.testing.assert_close(weight.main_grad, 1 + grad.t() @ inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

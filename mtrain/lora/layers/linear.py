@@ -90,6 +90,10 @@ def adapt_row_linear(base: type) -> type:
     class AdaptedRowLinear(base):
         adapter: LoraFactors
 
+        def fuses_swiglu(self, hidden: torch.Tensor) -> bool:
+            """Whether `mtrain.model.linear` may apply SwiGLU: A needs the activation as well."""
+            return False
+
         def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, Any]:
             """[seq, batch, in / tp_size] -> [seq (/ tp_size), batch, out]."""
             adapter = self.adapter

@@ -1,7 +1,8 @@
 """SiLU of the gate times the other half, and the probability of a row, in one kernel each way.
 
 The one thing to know: it is bound by memory. Forward reads and writes once; backward reads input
-and gradient, and writes the gradient of both halves into one tensor, without joining them.
+and gradient, and writes the gradient of both halves into one tensor, without joining them. Who did
+not keep the output gets it from there once more, for one more write.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-__all__ = ["swiglu"]
+__all__ = ["swiglu", "swiglu_backward"]
 
 _BLOCK = 1024
 
@@ -29,6 +30,42 @@ def swiglu(hidden: torch.Tensor, probs: torch.Tensor | None = None) -> torch.Ten
     rows = hidden.reshape(-1, hidden.shape[-1])
     output = _SwiGLU.apply(rows, None if probs is None else probs.reshape(-1))
     return output.view(*hidden.shape[:-1], output.shape[-1])
+
+
+def swiglu_backward(
+    hidden: torch.Tensor,
+    grad: torch.Tensor,
+    probs: torch.Tensor | None = None,
+    *,
+    wants_output: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The backward pass of `swiglu`.
+
+    Args:
+        hidden: [..., 2 * inner], what it was given.
+        grad: [..., inner], the gradient of its output.
+        probs: [...], what it was given.
+        wants_output: Whether its output is wanted once more; it has the bits that it had.
+
+    Returns:
+        The gradients of `hidden` and `probs`, and the output; None for what there is not.
+    """
+    hidden, grad = hidden.contiguous(), grad.contiguous()
+    hidden_grad = torch.empty_like(hidden)
+    probs_grad = None if probs is None else torch.empty_like(probs)
+    output = torch.empty_like(grad, dtype=hidden.dtype) if wants_output else None
+    if hidden.numel() > 0:
+        inner = grad.shape[-1]
+        _backward_kernel[(grad.numel() // inner,)](
+            *(hidden, hidden if probs is None else probs, grad, hidden_grad),
+            hidden if probs_grad is None else probs_grad,
+            hidden if output is None else output,
+            inner,
+            HAS_PROBS=probs is not None,
+            WRITES_OUTPUT=wants_output,
+            BLOCK=_BLOCK,
+        )
+    return hidden_grad, probs_grad, output
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -50,15 +87,7 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         rows, probs = ctx.saved_tensors
-        grad_rows = torch.empty_like(rows)
-        grad_probs = None if probs is None else torch.empty_like(probs)
-        if rows.shape[0] > 0:
-            _backward_kernel[(rows.shape[0],)](
-                *(rows, rows if probs is None else probs, grad.contiguous(), grad_rows),
-                *(rows if grad_probs is None else grad_probs, rows.shape[1] // 2),
-                HAS_PROBS=probs is not None,
-                BLOCK=_BLOCK,
-            )
+        grad_rows, grad_probs, _ = swiglu_backward(rows, grad, probs)
         return grad_rows, grad_probs
 
 
@@ -81,8 +110,10 @@ def _backward_kernel(
     grad,
     grad_rows,
     grad_probs,
+    output,
     inner,
     HAS_PROBS: tl.constexpr,
+    WRITES_OUTPUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -97,6 +128,8 @@ def _backward_kernel(
         upstream = tl.load(grad + row * inner + columns, mask=mask, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
+        if WRITES_OUTPUT:
+            tl.store(output + row * inner + columns, silu * up * prob, mask=mask)
         if HAS_PROBS:
             total += upstream * silu * up
             upstream *= prob

@@ -220,6 +220,14 @@ def test_a_linear_on_one_rank_computes_the_same_in_one_function(kind, skip_bias_
     assert (fused[1] is not None) == skip_bias_add
 
 
+def test_swiglu_is_not_left_to_a_linear_with_an_adapter():
+    class FusesSwiGLU(RowParallelLinear):
+        def fuses_swiglu(self, _hidden):
+            return True
+
+    assert not adapt_row_linear(FusesSwiGLU).fuses_swiglu(None, torch.ones(1))
+
+
 def with_another_weight(state):
     linear, adapted = linear_of(state, "column")
     give_adapter(linear, adapted)

@@ -55,3 +55,27 @@ def test_the_same_every_time():
         rms_norm(hidden, weight, EPS).backward(hidden)
         grads.append(weight.grad)
     assert torch.equal(*grads)
+
+
+def test_a_linear_behind_it_keeps_no_normed_input():
+    """And its weight has the gradient that it has with one."""
+    from mtrain.model.linear import _AccumulatingLinear
+    from mtrain.model.norm import NormInput
+
+    hidden = random(512, 2048, dtype=torch.bfloat16).requires_grad_()
+    norm_weight = random(2048, dtype=torch.bfloat16).requires_grad_()
+    source = NormInput(hidden=hidden, weight=norm_weight, eps=EPS, is_zero_centered=False)
+    weight = random(64, 2048, dtype=torch.bfloat16).requires_grad_()
+    totals, sizes = [], []
+    for one in (None, source):
+        weight.main_grad = torch.zeros(64, 2048, device="cuda")
+        before = torch.cuda.memory_allocated()
+        normed = source.normed()
+        output = _AccumulatingLinear.apply(normed, weight, one)
+        del normed
+        sizes.append(torch.cuda.memory_allocated() - before)
+        output.sum().backward()
+        totals.append(weight.main_grad)
+        weight.grad = None
+    assert torch.equal(*totals)
+    assert sizes[1] <= sizes[0] - 2 * hidden.numel()
