@@ -263,7 +263,7 @@ def test_multi_token_prediction_does_not_depend_on_the_layout(model, sizes, tmp_
 
 OPTIONS = {
     "plain_optimizer": ParallelConfig(use_distributed_optimizer=False),
-    "overlap": ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True),
+    "no_overlap": ParallelConfig(overlap_grad_reduce=False),
 }
 
 

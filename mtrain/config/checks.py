@@ -13,7 +13,7 @@ from mtrain.config.fields import check_values, spell
 from mtrain.config.later import refuse_later_features
 from mtrain.config.moe import MoEConfig
 from mtrain.config.optimizer import OptimizerConfig
-from mtrain.config.parallel import ParallelConfig
+from mtrain.config.parallel import ParallelConfig, resolve_overlaps
 from mtrain.config.run import ExportConfig, SftConfig
 from mtrain.config.training import TrainingConfig
 from mtrain.config.tuner import TunerConfig
@@ -208,10 +208,7 @@ def _check_world_size(parallel: ParallelConfig, *, world_size: int) -> None:
     for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
         if getattr(parallel, name) is not None and pp == 1:
             raise ValueError(f"--{name} needs --pipeline_model_parallel_size above 1")
-    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
-        raise ValueError("--overlap_param_gather true needs --overlap_grad_reduce true")
-    if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
-        raise ValueError("--overlap_param_gather true needs --use_distributed_optimizer true")
+    resolve_overlaps(parallel, num_ranks=world_size)
 
 
 def _divide_world(world_size: int, *, sizes: tuple[int, int, int], what: str) -> None:

@@ -4,11 +4,12 @@ The one thing to know: data parallelism has no flag. Its size is what remains of
 tensor, pipeline and context parallelism; expert parallelism divides the same ranks a second time.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from mtrain.config.fields import flag
 
-__all__ = ["ParallelConfig"]
+__all__ = ["ParallelConfig", "resolve_overlaps"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +55,19 @@ class ParallelConfig:
         True, "Share out the optimizer state over the data-parallel ranks."
     )
     use_megatron_fsdp: bool = flag(False, "Share out the parameters as well.")
-    overlap_grad_reduce: bool = flag(False, "Overlap the reduction of gradients with backward.")
-    overlap_param_gather: bool = flag(
-        False, "Overlap the gathering of parameters with forward (needs --overlap_grad_reduce)."
+    overlap_grad_reduce: bool | None = flag(
+        None,
+        "Overlap the reduction of gradients with backward; default: on with several "
+        "data-parallel ranks.",
     )
-    align_param_gather: bool = flag(True, "Start parameter gathers of all stages together.")
+    overlap_param_gather: bool | None = flag(
+        None,
+        "Overlap the gathering of parameters with forward; default: on with several data-parallel "
+        "ranks, --overlap_grad_reduce and --use_distributed_optimizer.",
+    )
+    align_param_gather: bool = flag(
+        True, "Start parameter gathers of all stages together (VPP only)."
+    )
 
     ddp_timeout: int = flag(
         600, "Seconds a rank waits for the others before it gives up.", minimum=1
@@ -66,3 +75,30 @@ class ParallelConfig:
     ddp_backend: str | None = flag(
         None, "Communication library; default: nccl on GPUs, gloo on CPU.", choices=("nccl", "gloo")
     )
+
+
+def resolve_overlaps(parallel: ParallelConfig, *, num_ranks: int) -> ParallelConfig:
+    """Decides what of data parallelism's communication overlaps with computation.
+
+    Afterwards `overlap_grad_reduce` and `overlap_param_gather` are not None. What was given stays.
+
+    Args:
+        parallel: The communication settings.
+        num_ranks: Ranks that share gradients, of experts or of the rest. With one there is nothing
+            to overlap, and what watches for it costs the host time.
+
+    Raises:
+        ValueError: `overlap_param_gather` without what it needs.
+    """
+    reduces, gathers = parallel.overlap_grad_reduce, parallel.overlap_param_gather
+    if reduces is None:
+        reduces = num_ranks > 1 or gathers is True
+    if gathers is None:
+        gathers = num_ranks > 1 and reduces and parallel.use_distributed_optimizer
+    if gathers and not reduces:
+        raise ValueError(
+            "--overlap_param_gather true needs --overlap_grad_reduce true: drop one of them"
+        )
+    if gathers and not parallel.use_distributed_optimizer:
+        raise ValueError("--overlap_param_gather true needs --use_distributed_optimizer true")
+    return dataclasses.replace(parallel, overlap_grad_reduce=reduces, overlap_param_gather=gathers)

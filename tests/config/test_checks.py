@@ -66,6 +66,8 @@ def check(*, world_size: int = 1, **flags: object) -> None:
             "end_weight_decay": 0.1,
         },
         {"optimizer": "sgd", "use_distributed_optimizer": False},
+        {"world_size": 2, "overlap_grad_reduce": False},
+        {"overlap_param_gather": True},
         {"start_weight_decay": 0.1},
         {"lr_warmup_fraction": 0.1},
         {"lr_warmup_iters": 99},
@@ -179,13 +181,15 @@ def test_good_combinations_pass(flags: dict[str, object]) -> None:
             "--virtual_pipeline_model_parallel_size 2 needs --pipeline_model_parallel_size above 1",
         ),
         ({"decoder_last_pipeline_num_layers": 2}, "needs --pipeline_model_parallel_size above 1"),
-        ({"overlap_param_gather": True}, "needs --overlap_grad_reduce true"),
+        (
+            {"world_size": 2, "overlap_param_gather": True, "overlap_grad_reduce": False},
+            "--overlap_param_gather true needs --overlap_grad_reduce true",
+        ),
         ({"fp8_export": True}, "cannot go on bit for bit from 8-bit weights; add --no_save_optim"),
         ({"fp8_export": True, "tuner_type": "lora"}, "an adapter is not saved in 8 bits"),
         (
             {
                 "overlap_param_gather": True,
-                "overlap_grad_reduce": True,
                 "use_distributed_optimizer": False,
             },
             "needs --use_distributed_optimizer true",

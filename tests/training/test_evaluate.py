@@ -5,7 +5,6 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from mtrain.config.parallel import ParallelConfig
 from mtrain.parallel import ParallelLayout, ParallelState
 from mtrain.training.evaluate import EvaluationResult, evaluate
 from tests.ranks import run_ranks
@@ -20,10 +19,8 @@ def folder(tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("evaluate") / "qwen3", "qwen3")
 
 
-def evaluated(
-    state: ParallelState, folder: Path, parallel: ParallelConfig
-) -> tuple[EvaluationResult, bool]:
-    rig = make_rig(state, folder, parallel=parallel)
+def evaluated(state: ParallelState, folder: Path) -> tuple[EvaluationResult, bool]:
+    rig = make_rig(state, folder)
     before = rig.weights()
     mine = documents()[state.coordinates.dp_rank :: state.layout.dp_size]
     steps = [
@@ -50,18 +47,18 @@ def expected(folder: Path) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "parallel"),
+    "layout",
     [
-        (ParallelLayout(), {}),
-        (TWO, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
-        (ParallelLayout(world_size=2, tp_size=2), {}),
-        (ParallelLayout(world_size=2, pp_size=2, vpp_size=2), {}),
+        ParallelLayout(),
+        TWO,
+        ParallelLayout(world_size=2, tp_size=2),
+        ParallelLayout(world_size=2, pp_size=2, vpp_size=2),
     ],
     ids=["1", "dp2", "tp2", "pp2vpp2"],
 )
-def test_loss_and_accuracy_are_those_of_transformers_and_weights_stay(folder, layout, parallel):
+def test_loss_and_accuracy_are_those_of_transformers_and_weights_stay(folder, layout):
     loss, accuracy = expected(folder)
-    for result, is_untouched in run_ranks(layout, evaluated, folder, ParallelConfig(**parallel)):
+    for result, is_untouched in run_ranks(layout, evaluated, folder):
         assert result.loss == pytest.approx(loss, rel=1e-5)
         assert result.token_accuracy == pytest.approx(accuracy)
         assert result.num_tokens == sum(int((d.labels != -100).sum()) for d in documents())

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from mtrain.config.logging import LoggingConfig
-from mtrain.config.parallel import ParallelConfig
 from mtrain.config.training import TrainingConfig
 from mtrain.parallel import ParallelLayout, ParallelState
 from mtrain.platform.device import device_info
@@ -35,8 +34,7 @@ def run(
     settings: TrainingConfig,
     asked_at: int | None = None,
 ) -> tuple[int, list[tuple[int, torch.Tensor]], set[bool], list[str]]:
-    parallel = ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True)
-    rig = make_rig(state, folder, parallel=parallel)
+    rig = make_rig(state, folder)
     mine = [rows([document]) for document in documents(4)[state.rank :: state.layout.world_size]]
     saved: list[tuple[int, torch.Tensor]] = []
     collecting: set[bool] = set()

@@ -14,12 +14,15 @@ from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
 from tests.training.rig import documents, make_rig, rows
 
-OVERLAP = ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("wrap") / "qwen3", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def moe_folder(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("wrap") / "qwen3_moe", "qwen3_moe")
 
 
 def wrap(state: ParallelState, folder: Path, dtype: torch.dtype) -> tuple[bool, bool, bool]:
@@ -58,12 +61,57 @@ def test_biases_that_choose_experts_stay_in_float32(tmp_path):
         assert torch.equal(bias, of_file)
 
 
+def overlaps(state: ParallelState, folder: Path, parallel: ParallelConfig) -> tuple[bool, ...]:
+    """Whether reduction and gather overlap and gathers are aligned, and the functions for it."""
+    chunks = wrap_chunks(load_model(state, folder), parallel=parallel, grad_reduce_in_fp32=True)
+    ddp_config, config = chunks[0].ddp_config, chunks[0].config
+    assert (config.grad_sync_func is not None) is ddp_config.overlap_grad_reduce
+    hooked = [len(module._forward_pre_hooks) for chunk in chunks for module in chunk.modules()]
+    trained = [
+        any(True for _ in module.parameters(recurse=False))
+        for chunk in chunks
+        for module in chunk.modules()
+    ]
+    assert hooked == [has_own and ddp_config.overlap_param_gather for has_own in trained]
+    return (
+        ddp_config.overlap_grad_reduce,
+        ddp_config.overlap_param_gather,
+        config.param_sync_func is not None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "flags", "expected"),
+    [
+        ("qwen3", {}, {}, (False, False, False)),
+        ("qwen3", {"world_size": 2}, {}, (True, True, False)),
+        ("qwen3", {"world_size": 2}, {"overlap_param_gather": False}, (True, False, False)),
+        ("qwen3", {"world_size": 2}, {"overlap_grad_reduce": False}, (False, False, False)),
+        ("qwen3", {"world_size": 2}, {"use_distributed_optimizer": False}, (True, False, False)),
+        ("qwen3", {"world_size": 2, "tp_size": 2}, {}, (False, False, False)),
+        # Experts that ranks do not split are reduced over them.
+        ("qwen3_moe", {"world_size": 2, "tp_size": 2}, {}, (True, True, False)),
+        ("qwen3_moe", {"world_size": 2, "ep_size": 2}, {}, (True, True, False)),
+        ("qwen3", {"world_size": 4, "pp_size": 2}, {}, (True, True, False)),
+        ("qwen3", {"world_size": 4, "pp_size": 2, "vpp_size": 2}, {}, (True, True, True)),
+        ("qwen3", {}, {"overlap_param_gather": True}, (True, True, False)),
+    ],
+)
+def test_communication_overlaps_where_there_is_some(
+    model, sizes, flags, expected, folder, moe_folder
+):
+    """Only modules with parameters wait for them, and only virtual stages align gathers."""
+    source = moe_folder if model == "qwen3_moe" else folder
+    layout = ParallelLayout(**sizes)
+    results = run_ranks(layout, overlaps, source, ParallelConfig(**flags))
+    assert results == [expected] * layout.world_size
+
+
 def refuse(state: ParallelState, folder: Path) -> str:
     chunks = load_model(state, folder)
+    parallel = ParallelConfig(overlap_param_gather=True, overlap_grad_reduce=False)
     with pytest.raises(ValueError) as caught:
-        wrap_chunks(
-            chunks, parallel=ParallelConfig(overlap_param_gather=True), grad_reduce_in_fp32=True
-        )
+        wrap_chunks(chunks, parallel=parallel, grad_reduce_in_fp32=True)
     return str(caught.value)
 
 
@@ -73,7 +121,7 @@ def test_gathering_parameters_during_forward_needs_reduction_during_backward(fol
 
 
 def updated(state: ParallelState, folder: Path) -> tuple[bool, dict[str, torch.Tensor]]:
-    rig = make_rig(state, folder, parallel=OVERLAP)
+    rig = make_rig(state, folder)
     rig.step([rows([document]) for document in documents(4)[state.rank :: 2]])
     bare = unwrap(rig.chunks[0])
     stale = {name: weight.detach().clone() for name, weight in bare.named_parameters()}
