@@ -40,9 +40,8 @@ def attached(state, folder, lora, values=None, *, adapter_dtype=None, dropout=0.
     """The chunks of this rank with adapters: fresh ones, or with values."""
     chunks = load_model(state, folder, **options)
     dtype = adapter_dtype or options.get("dtype", torch.float32)
-    backend = options.get("backend", "torch")
     table = weight_table(read_config(folder), options.get("num_next_tokens", 0))
-    common = {"table": table, "state": state, "backend": backend}
+    common = {"table": table, "state": state}
     attach_adapters(chunks, lora, dtype=dtype, dropout=dropout, **common)
     if values is None:
         initialize_adapters(chunks, lora, seed=0, **common)
@@ -56,7 +55,7 @@ def gathered(state, lookup, output, table):
     if state.is_first_rank:
         output.mkdir(parents=True)
     torch.distributed.barrier()
-    options = {"state": state, "backend": "torch", "dtype": torch.float32, "max_shard_size": 10**9}
+    options = {"state": state, "dtype": torch.float32, "max_shard_size": 10**9}
     save_weights(lookup, output, table=table, **options)()
     torch.distributed.barrier()
     return load_all(output) if state.is_first_rank else {}

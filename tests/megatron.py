@@ -61,7 +61,6 @@ def load_model(
         table=table,
         layout=layout,
         rank=state.rank,
-        backend=backend,
     )
     return chunks
 

@@ -131,7 +131,6 @@ def train_three_steps(
         table=table,
         form=form_of(folder, table),
         state=state,
-        backend="torch",
         dtype=torch.float32,
         max_shard_size=10**9,
     )()

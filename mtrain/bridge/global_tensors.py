@@ -83,7 +83,7 @@ def global_parameters(table: WeightTable) -> tuple[GlobalParameter, ...]:
         for rule in table.rules
         if isinstance(rule.layout, Padded) and rule.split == "rows"
     }
-    plan = plan_rank(table, layout=ParallelLayout(), rank=0, backend="te")
+    plan = plan_rank(table, layout=ParallelLayout(), rank=0, uses_stored_names=True)
     return tuple(_global(parameter, table, parameter.name in padded) for parameter in plan)
 
 

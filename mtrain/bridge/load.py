@@ -12,7 +12,7 @@ import torch
 
 from mtrain.bridge.convert import io_threads, num_threads, row_blocks
 from mtrain.bridge.ledger import check_checkpoint, check_model
-from mtrain.bridge.plan import Backend, ParameterPlan, Plan, plan_rank
+from mtrain.bridge.plan import ParameterPlan, Plan, plan_rank
 from mtrain.bridge.rules import IgnoredKey, WeightTable
 from mtrain.bridge.slices import read_box, tensors_by_name, view_box
 from mtrain.bridge.sources import StoredWeights, TensorSource
@@ -27,7 +27,6 @@ def load_weights(
     table: WeightTable,
     layout: ParallelLayout,
     rank: int,
-    backend: Backend,
 ) -> dict[str, str]:
     """Fills every parameter of the chunks from a checkpoint.
 
@@ -40,7 +39,6 @@ def load_weights(
         table: From `weight_table`, for the config.json of the checkpoint.
         layout: Parallel sizes.
         rank: Global rank.
-        backend: Spelling of the norms in the chunks.
 
     Returns:
         Tensors of the checkpoint that were left out on purpose, each with the reason.
@@ -49,7 +47,7 @@ def load_weights(
         ValueError: A tensor or parameter is left over, missing or of the wrong shape.
     """
     ignored = check_checkpoint(table, checkpoint)
-    plan = plan_rank(table, layout=layout, rank=rank, backend=backend)
+    plan = plan_rank(table, layout=layout, rank=rank)
     with checkpoint.open() as files, torch.no_grad():
         _check_copies(files, ignored)
         fill_tensors(tensors_by_name(chunks), files, plan)

@@ -17,7 +17,6 @@ from mtrain.bridge.spans import Box, Piece, box_size, whole
 from mtrain.bridge.stages import chunk_layers
 from mtrain.parallel import Coordinates, ParallelLayout
 
-Backend = Literal["te", "torch"]
 Shape = tuple[int, ...]
 
 
@@ -112,35 +111,39 @@ def locate_tensors(table: WeightTable, *, layout: ParallelLayout) -> Iterator[Te
             yield from _homes(rule, layer=None, pp_rank=layout.pp_size - 1, ep_size=layout.ep_size)
 
 
-def plan_rank(table: WeightTable, *, layout: ParallelLayout, rank: int, backend: Backend) -> Plan:
+def plan_rank(
+    table: WeightTable, *, layout: ParallelLayout, rank: int, uses_stored_names: bool = False
+) -> Plan:
     """Plans every parameter of every model chunk of a rank.
 
     Args:
         table: Weights of the model.
         layout: Parallel sizes.
         rank: Global rank.
-        backend: Spelling of the norms: "te" for fused ones, "torch" for plain ones.
+        uses_stored_names: Whether parameters have the names of a torch_dist folder, where the norm
+            before a linear belongs to it, instead of those in a chunk.
 
     Raises:
         ValueError: The model cannot be split that way.
     """
     at = layout.coordinates(rank)
-    shards = [_make_shard(rule, layout=layout, at=at) for rule in table.rules]
+    shards = [
+        _make_shard(rule, layout=layout, at=at, uses_stored_names=uses_stored_names)
+        for rule in table.rules
+    ]
     chunks = chunk_layers(table.num_layers, layout=layout, pp_rank=at.pp_rank)
     parameters: list[ParameterPlan] = []
     for chunk, layers in enumerate(chunks):
         if at.pp_rank == 0 and chunk == 0:
-            parameters += [s.plan(chunk, backend) for s in shards if s.rule.place == "first"]
+            parameters += [s.plan(chunk) for s in shards if s.rule.place == "first"]
         for layer in layers:
             parameters += [
-                shard.plan(chunk, backend, layer=layer, local_layer=layer - layers.start)
+                shard.plan(chunk, layer=layer, local_layer=layer - layers.start)
                 for shard in shards
                 if layer in shard.rule.layers
             ]
         if at.pp_rank == layout.pp_size - 1 and chunk == len(chunks) - 1:
-            parameters += [
-                s.plan(chunk, backend) for s in shards if s.rule.place in ("last", "mtp")
-            ]
+            parameters += [s.plan(chunk) for s in shards if s.rule.place in ("last", "mtp")]
     if layout.pp_size == 1:
         # On one stage Megatron-Core shares the parameter instead of keeping a second one.
         parameters = [parameter for parameter in parameters if not parameter.is_duplicate]
@@ -152,16 +155,14 @@ class _Shard:
     """A rank's part of a rule's parameter: the same in every layer, so computed once."""
 
     rule: Rule
+    name: str
     shape: Shape
     copies: tuple[tuple[int, Box, Box], ...]
     experts: range | None
     split_over: Literal["tp", "etp"] | None
 
-    def plan(
-        self, chunk: int, backend: Backend, *, layer: int | None = None, local_layer: int = 0
-    ) -> ParameterPlan:
+    def plan(self, chunk: int, *, layer: int | None = None, local_layer: int = 0) -> ParameterPlan:
         """The plan of the parameter in one layer."""
-        name = self.rule.plain if backend == "torch" and self.rule.plain else self.rule.megatron
         names = [filled(tensor.name, layer=layer) for tensor in self.rule.hf]
         if self.experts is None:
             pieces = [Piece(names[source], hf, local) for source, hf, local in self.copies]
@@ -173,7 +174,7 @@ class _Shard:
             ]
         return ParameterPlan(
             chunk=chunk,
-            name=filled(name, layer=local_layer),
+            name=filled(self.name, layer=local_layer),
             shape=self.shape,
             pieces=tuple(pieces),
             split_over=self.split_over,
@@ -181,7 +182,9 @@ class _Shard:
         )
 
 
-def _make_shard(rule: Rule, *, layout: ParallelLayout, at: Coordinates) -> _Shard:
+def _make_shard(
+    rule: Rule, *, layout: ParallelLayout, at: Coordinates, uses_stored_names: bool
+) -> _Shard:
     group: Literal["tp", "etp"] = "tp" if rule.num_experts is None else "etp"
     sizes, ranks = (
         {"tp": layout.tp_size, "etp": layout.etp_size},
@@ -194,6 +197,7 @@ def _make_shard(rule: Rule, *, layout: ParallelLayout, at: Coordinates) -> _Shar
         raise ValueError(f"{rule.megatron}: {error} (layout: {layout})") from error
     return _Shard(
         rule=rule,
+        name=rule.megatron if uses_stored_names else rule.name_in_chunk,
         shape=shape if experts is None else (len(experts), *shape),
         copies=copies,
         experts=experts,

@@ -259,8 +259,9 @@ class Rule:
     """One Megatron parameter, or one a layer, and the Hugging Face tensors it is made of.
 
     Attributes:
-        megatron: Name in a model of Transformer Engine layers, with `{layer}` open.
-        plain: Name where it differs in a model of plain layers (norms that are not fused).
+        megatron: Megatron-LM's name, with `{layer}` open: that in torch_dist folders, where a norm
+            before a linear belongs to the linear.
+        plain: Name in a chunk, where that differs: there norms are modules of their own.
         hf: The source tensors, in the order that the layout expects.
         layout: Order of their rows in a shard; of the columns of the one source if those are split.
         columns: Order of their columns, where that differs; never split.
@@ -284,6 +285,11 @@ class Rule:
     layers: tuple[int, ...] = ()
     num_experts: int | None = None
     is_duplicate: bool = False
+
+    @property
+    def name_in_chunk(self) -> str:
+        """Name of the parameter in a model chunk, with `{layer}` open."""
+        return self.plain or self.megatron
 
 
 def layers_of(rule: Rule) -> tuple[int | None, ...]:

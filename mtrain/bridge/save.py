@@ -20,7 +20,7 @@ import torch
 from mtrain.bridge.convert import num_threads
 from mtrain.bridge.file_plan import WeightFile, plan_files
 from mtrain.bridge.gather import BlockGatherer, Bucket, Member, TensorLookup, make_buckets
-from mtrain.bridge.plan import Backend, Plan, plan_rank
+from mtrain.bridge.plan import Plan, plan_rank
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_folder import WEIGHTS_STEM
 from mtrain.bridge.safetensors_writer import OpenFile, SafetensorsWriter, TensorFile
@@ -55,7 +55,6 @@ def save_weights(
     *,
     table: WeightTable,
     state: ParallelState,
-    backend: Backend,
     dtype: torch.dtype,
     max_shard_size: int,
     bucket_bytes: int = BUCKET_BYTES,
@@ -74,7 +73,6 @@ def save_weights(
         folder: An existing folder without weight files.
         table: Weights of the model.
         state: This rank in the layout.
-        backend: Spelling of the norms.
         dtype: Dtype of the tensors, but of those that have a fixed one.
         max_shard_size: Most bytes of tensors in a file.
         bucket_bytes: Most bytes moved at once, if a row is not larger; memory stays below 4 times,
@@ -101,7 +99,7 @@ def save_weights(
         files,
         folder,
         lookup,
-        plan_member=lambda rank: plan_rank(table, layout=state.layout, rank=rank, backend=backend),
+        plan_member=lambda rank: plan_rank(table, layout=state.layout, rank=rank),
         state=state,
         bucket_bytes=bucket_bytes,
         stem=stem,

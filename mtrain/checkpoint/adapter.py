@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mtrain.bridge.gather import TensorLookup
-from mtrain.bridge.plan import Backend, hf_tensors
+from mtrain.bridge.plan import hf_tensors
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_writer import OpenFile
 from mtrain.bridge.save import save_weights
@@ -67,7 +67,6 @@ def adapter_contents(
     form: AdapterFormat,
     arguments: Mapping[str, Any],
     state: ParallelState,
-    backend: Backend,
     open_file: OpenFile,
     protected: Path | None = None,
 ) -> Contents:
@@ -78,7 +77,6 @@ def adapter_contents(
         form: How it is written.
         arguments: The resolved configuration, for args.json.
         state: This rank.
-        backend: Spelling of the norms in the chunks.
         open_file: What takes the tensors of a file.
         protected: A folder that is never overwritten: the adapter that training started from.
     """
@@ -90,7 +88,6 @@ def adapter_contents(
             folder,
             table=adapter_table(form.table, form.lora),
             state=state,
-            backend=backend,
             dtype=form.dtype,
             max_shard_size=max(1, num_bytes),
             stem=_PART_STEM,

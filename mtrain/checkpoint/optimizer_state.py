@@ -20,7 +20,7 @@ from mtrain.bridge.file_plan import cut_by_size, plan_files
 from mtrain.bridge.fragments import Fragment, cut_parameter
 from mtrain.bridge.gather import TensorLookup
 from mtrain.bridge.load import fill_tensors
-from mtrain.bridge.plan import Backend, Plan, plan_rank
+from mtrain.bridge.plan import Plan, plan_rank
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.safetensors_writer import OpenFile
@@ -116,12 +116,10 @@ class OptimizerFormat:
 
     Attributes:
         table: The weights that are trained: of the model, or of an adapter.
-        backend: Spelling of the norms in the chunks.
         max_shard_size: Most bytes of tensors in a file.
     """
 
     table: WeightTable
-    backend: Backend
     max_shard_size: int
 
 
@@ -262,7 +260,7 @@ def _cut(
     runs: Iterable[_Run], *, form: OptimizerFormat, layout: ParallelLayout, rank: int
 ) -> list[list[Fragment]]:
     """The fragments that each run of a rank is made of."""
-    plan = plan_rank(form.table, layout=layout, rank=rank, backend=form.backend)
+    plan = plan_rank(form.table, layout=layout, rank=rank)
     whole = {(parameter.chunk, parameter.name): parameter for parameter in plan}
     return [
         cut_parameter(whole[chunk, name], start=start, stop=stop)
@@ -316,7 +314,7 @@ def _names_everywhere(
     speaks_for_experts = at.edp_rank == 0
     ours: set[str] = set()
     if speaks_for_dense or speaks_for_experts:
-        plan = plan_rank(form.table, layout=layout, rank=state.rank, backend=form.backend)
+        plan = plan_rank(form.table, layout=layout, rank=state.rank)
         ours = {
             piece.hf_name
             for parameter in plan

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mtrain.bridge.gather import TensorLookup
-from mtrain.bridge.plan import Backend, hf_tensors
+from mtrain.bridge.plan import hf_tensors
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_header import tensor_bytes
 from mtrain.bridge.safetensors_writer import OpenFile
@@ -60,7 +60,6 @@ class WeightsFormat:
         source: Folder that the model was loaded from.
         hf_config: Its config.json.
         table: Its weights.
-        backend: Spelling of the norms in the chunks.
         dtype: Dtype of the saved tensors.
         max_shard_size: Most bytes of tensors in a file.
         stored: The form that they are stored in.
@@ -69,7 +68,6 @@ class WeightsFormat:
     source: Path
     hf_config: Mapping[str, Any]
     table: WeightTable
-    backend: Backend
     dtype: torch.dtype
     max_shard_size: int
     stored: StoredAs = CANONICAL
@@ -99,7 +97,6 @@ def weights_contents(
             folder,
             table=form.table,
             state=state,
-            backend=form.backend,
             dtype=form.dtype,
             max_shard_size=form.max_shard_size,
             open_file=open_file,

@@ -15,7 +15,7 @@ from typing import Any
 from mtrain.bridge.converted import ConvertedWeights, converted
 from mtrain.bridge.file_plan import fixed_dtypes
 from mtrain.bridge.fingerprint import fingerprint
-from mtrain.bridge.plan import Backend, hf_tensors
+from mtrain.bridge.plan import hf_tensors
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.save import DTYPE_NAMES
 from mtrain.bridge.sources import StoredWeights
@@ -88,7 +88,7 @@ def run(config: ExportConfig, here: Placement) -> int:
     return 0 if passed else 1
 
 
-def _backend_of_test(config: ExportConfig) -> Backend | None:
+def _backend_of_test(config: ExportConfig) -> str | None:
     """The layers of the precision test, after checks of what they can do; None without a test."""
     if not config.export.test_convert_precision:
         return None

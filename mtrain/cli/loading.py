@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mtrain.bridge.load import load_weights
-from mtrain.bridge.plan import Backend
 from mtrain.bridge.sources import StoredWeights
 from mtrain.cli.adapter_source import AdapterSource
 from mtrain.cli.model_source import ModelSource, parallel_layout
@@ -25,7 +24,7 @@ from mtrain.model.gpt import LanguageModel
 from mtrain.parallel import ParallelState, World, initialize_parallel
 
 
-def find_backend(config: SftConfig | ExportConfig) -> Backend:
+def find_backend(config: SftConfig | ExportConfig) -> str:
     """The backend of the layers, after checks of what it and the device can do.
 
     Raises:
@@ -55,7 +54,7 @@ def load_model(
     source: ModelSource,
     state: ParallelState,
     *,
-    backend: Backend,
+    backend: str,
     training: TrainingConfig,
     dtype: torch.dtype,
     built: Callable[[], None] | None = None,
@@ -96,7 +95,6 @@ def load_model(
         table=source.table,
         layout=state.layout,
         rank=state.rank,
-        backend=backend,
     )
     return chunks
 
@@ -107,7 +105,6 @@ def load_adapter(
     source: ModelSource,
     state: ParallelState,
     *,
-    backend: Backend,
     dtype: torch.dtype,
     dropout: float,
     seed: int,
@@ -120,19 +117,16 @@ def load_adapter(
         adapter: The adapter.
         source: The checkpoint of the chunks.
         state: This rank.
-        backend: Backend of the layers.
         dtype: Dtype of the adapter.
         dropout: Share of its inputs that is dropped in training.
         seed: Seed of fresh values.
         resumed: Values of a run that goes on, where its checkpoint has them merged.
     """
     lora, table = adapter.lora, source.table
-    attach_adapters(
-        chunks, lora, table=table, state=state, backend=backend, dtype=dtype, dropout=dropout
-    )
+    attach_adapters(chunks, lora, table=table, state=state, dtype=dtype, dropout=dropout)
     stored = resumed or adapter.stored
     if stored is None:
-        initialize_adapters(chunks, lora, table=table, state=state, backend=backend, seed=seed)
+        initialize_adapters(chunks, lora, table=table, state=state, seed=seed)
         return
     with stored.open() as values:
-        load_adapters(chunks, values, lora, table=table, state=state, backend=backend)
+        load_adapters(chunks, values, lora, table=table, state=state)

@@ -14,7 +14,7 @@ from mtrain.bridge.family import Family
 from mtrain.bridge.fingerprint import fingerprint
 from mtrain.bridge.hf_config import rotary_base
 from mtrain.bridge.ledger import check_checkpoint
-from mtrain.bridge.plan import Backend, plan_rank
+from mtrain.bridge.plan import plan_rank
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.sources import StoredWeights
@@ -138,7 +138,7 @@ def open_source(
     layout = parallel_layout(parallel, world_size=world_size)
     for pp_rank in range(layout.pp_size):
         rank = pp_rank * (world_size // layout.pp_size)
-        plan_rank(table, layout=layout, rank=rank, backend="torch")
+        plan_rank(table, layout=layout, rank=rank)
     files: ArrangedWeights | None = None
     if checkpoint is not None:
         files = arranged(checkpoint, table, blocks=fp8_blocks(hf_config))
@@ -216,9 +216,9 @@ def base_name(model: ModelConfig) -> str:
     return model.model
 
 
-def hf_names(table: WeightTable, *, backend: Backend) -> dict[str, tuple[str, ...]]:
+def hf_names(table: WeightTable) -> dict[str, tuple[str, ...]]:
     """Hugging Face names of every Megatron parameter of the whole model."""
-    plan = plan_rank(table, layout=ParallelLayout(), rank=0, backend=backend)
+    plan = plan_rank(table, layout=ParallelLayout(), rank=0)
     return {
         parameter.name: tuple(dict.fromkeys(piece.hf_name for piece in parameter.pieces))
         for parameter in plan

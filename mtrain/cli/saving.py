@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mtrain.bridge.plan import Backend
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.safetensors_writer import OpenFile, SafetensorsWriter
 from mtrain.bridge.save import lookup_in
@@ -88,7 +87,7 @@ class TrainingRun:
     config: SftConfig
     inputs: Inputs
     state: ParallelState
-    backend: Backend
+    backend: str
     bare: Sequence[LanguageModel]
     chunks: Sequence[DistributedDataParallel]
     optimizer: ChainedOptimizer
@@ -140,7 +139,6 @@ class TrainingRun:
         """How the optimizer's state is written."""
         return OptimizerFormat(
             table=self.trained_table,
-            backend=self.backend,
             max_shard_size=self.config.checkpoint.max_shard_bytes,
         )
 
@@ -276,7 +274,6 @@ def _model_contents(run: TrainingRun, open_file: OpenFile) -> Contents:
             source=source.folder,
             hf_config=source.hf_config,
             table=source.table,
-            backend=run.backend,
             dtype=chunks[0].config.params_dtype,
             max_shard_size=run.config.checkpoint.max_shard_bytes,
             stored=source.stored_as(keeps_fp8=run.config.checkpoint.fp8_export),
@@ -305,7 +302,6 @@ def _adapter_contents(run: TrainingRun, open_file: OpenFile) -> Contents:
         ),
         arguments=config_to_dict(config),
         state=run.state,
-        backend=run.backend,
         open_file=open_file,
         protected=None if adapter.stored is None else adapter.stored.folder,
     )

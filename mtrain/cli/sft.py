@@ -15,7 +15,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtrain.bridge.plan import Backend
 from mtrain.checkpoint.folder import write_atomically
 from mtrain.checkpoint.run_folder import continues_in, create_run_folder, remove_leftovers
 from mtrain.cli.batches import Batches
@@ -134,7 +133,7 @@ def _wrap(
     state: ParallelState,
     train_data: Batches,
     *,
-    backend: Backend,
+    backend: str,
     total_steps: int,
 ) -> TrainingRun:
     """The model with gradient buffers, optimizer and all else that a run has."""
@@ -222,7 +221,7 @@ def _load(
     inputs: Inputs,
     state: ParallelState,
     *,
-    backend: Backend,
+    backend: str,
     point: ResumePoint | None,
     clock: StartClock,
 ) -> tuple[list[LanguageModel], str]:
@@ -239,7 +238,7 @@ def _load(
     )
     clock.end_phase("weights")
     if adapter is None:
-        names = hf_names(source.table, backend=backend)
+        names = hf_names(source.table)
         count = freeze_parameters(chunks, tuner=config.tuner, state=state, hf_names=names)
         if config.model.gradient_accumulation_fusion:
             fuse_weight_gradients(chunks)
@@ -249,7 +248,6 @@ def _load(
         adapter,
         source,
         state,
-        backend=backend,
         dtype=adapter_dtype(config, inputs),
         dropout=config.tuner.lora_dropout,
         seed=config.training.seed,

@@ -55,7 +55,7 @@ class ModelConfig:
 
     transformer_impl: str = flag(
         "auto",
-        "Layers: te (Transformer Engine), torch (no extra package), auto (te when it is usable).",
+        "Attention: te (Transformer Engine), torch (no extra package), auto (te when usable).",
         choices=("auto", "te", "torch"),
     )
     attention_backend: str = flag(

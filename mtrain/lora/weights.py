@@ -15,7 +15,7 @@ import torch
 
 from mtrain.bridge.gather import TensorLookup
 from mtrain.bridge.load import fill_tensors
-from mtrain.bridge.plan import Backend, Shape, hf_tensors, plan_rank
+from mtrain.bridge.plan import Shape, hf_tensors, plan_rank
 from mtrain.bridge.rules import WeightTable
 from mtrain.bridge.save import lookup_in
 from mtrain.bridge.slices import tensors_by_name
@@ -30,7 +30,6 @@ def initialize_adapters(
     *,
     table: WeightTable,
     state: ParallelState,
-    backend: Backend,
     seed: int,
 ) -> None:
     """Fills fresh adapters: A uniform as in PEFT, B zero, so that the model is unchanged.
@@ -42,12 +41,11 @@ def initialize_adapters(
         lora: The adapters.
         table: Weights of the model.
         state: This rank.
-        backend: Spelling of the norms in the chunks.
         seed: Seed of the run.
     """
     factors = LoraPlan(linears=lora.linears)
     source = _FreshFactors(hf_tensors(adapter_table(table, factors)), seed=seed)
-    load_adapters(chunks, source, factors, table=table, state=state, backend=backend)
+    load_adapters(chunks, source, factors, table=table, state=state)
 
 
 def load_adapters(
@@ -57,7 +55,6 @@ def load_adapters(
     *,
     table: WeightTable,
     state: ParallelState,
-    backend: Backend,
 ) -> None:
     """Fills adapters, and modules to save, from a source that knows PEFT's names.
 
@@ -67,11 +64,8 @@ def load_adapters(
         lora: The adapters.
         table: Weights of the model.
         state: This rank.
-        backend: Spelling of the norms in the chunks.
     """
-    plan = plan_rank(
-        adapter_table(table, lora), layout=state.layout, rank=state.rank, backend=backend
-    )
+    plan = plan_rank(adapter_table(table, lora), layout=state.layout, rank=state.rank)
     wanted = {(parameter.chunk, parameter.name) for parameter in plan}
     tensors = [
         {name: tensor for name, tensor in named.items() if (chunk, name) in wanted}

@@ -1,13 +1,13 @@
 """The two ways to compute a layer, as Megatron-Core layer specs.
 
-`te` takes Transformer Engine's linears, norms and attention; `torch` Megatron-Core's linears with
-our norm and attention, and needs no extra package. Both share our experts. Weight names differ in
-one thing only: `te` keeps the norm before a column-parallel linear inside it.
+Both have Megatron-Core's linears, made lean, and norms, gated MLPs and experts of our own. `te`
+takes Transformer Engine's attention, which asks cuDNN; `torch` needs no extra package. So their
+parameters have the same names.
 """
 
 from functools import partial
 
-from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -48,7 +48,6 @@ from mtrain.model.next_tokens import NextTokenLayer
 from mtrain.model.norm import RMSNorm, norm_class
 from mtrain.model.residual import NormedResidual
 from mtrain.model.router import BalancedRouter
-from mtrain.model.te_linear import row_linear_with_swiglu
 from mtrain.platform.device import has_gpu, has_transformer_engine
 
 
@@ -76,33 +75,18 @@ class TorchProvider(LocalSpecProvider):
         return GroupedExperts, None
 
 
-class TransformerEngineProvider(TESpecProvider):
-    """Transformer Engine's layers with our experts."""
+class TransformerEngineProvider(TorchProvider):
+    """The same with Transformer Engine's attention.
+
+    Its linears and norms take the host four times as long to launch, and their products are those
+    of torch.
+    """
 
     packed_format = "thd"
 
-    def row_parallel_linear(self) -> type:
-        """A linear whose inputs ranks share."""
-        return row_linear_with_swiglu(super().row_parallel_linear())
-
-    def grouped_mlp_modules(
-        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
-    ) -> tuple[type, None]:
-        """Experts; they have no submodules to choose."""
-        return GroupedExperts, None
-
-
-class SinkProvider(TransformerEngineProvider):
-    """The same with our attention: none of Transformer Engine's has sinks in packed sequences."""
-
-    packed_format = "sbhd"
-
     def core_attention(self) -> type:
         """Attention between queries, keys and values."""
-        return PackedAttention
-
-
-Provider = TorchProvider | TransformerEngineProvider
+        return TEDotProductAttention
 
 
 def choose_backend(transformer_impl: str) -> str:
@@ -128,21 +112,22 @@ def choose_backend(transformer_impl: str) -> str:
     return transformer_impl
 
 
-def spec_provider(backend: str, *, has_sinks: bool = False) -> Provider:
+def spec_provider(backend: str, *, has_sinks: bool = False) -> TorchProvider:
     """The modules of a backend.
 
     Args:
         backend: "te" or "torch".
         has_sinks: Whether heads of attention have sinks.
     """
-    if backend == "torch":
+    # None of Transformer Engine's kernels has sinks in packed sequences.
+    if backend == "torch" or has_sinks:
         return TorchProvider()
-    return SinkProvider() if has_sinks else TransformerEngineProvider()
+    return TransformerEngineProvider()
 
 
 def block_spec(
     config: TransformerConfig,
-    provider: Provider,
+    provider: TorchProvider,
     *,
     layers: LayerArguments,
     fuses_rope: bool,
@@ -175,7 +160,7 @@ def block_spec(
 
 
 def next_tokens_spec(
-    config: TransformerConfig, provider: Provider, *, layers: LayerArguments, fuses_rope: bool
+    config: TransformerConfig, provider: TorchProvider, *, layers: LayerArguments, fuses_rope: bool
 ) -> ModuleSpec:
     """Spec of the layers of multi-token prediction; arguments as for `block_spec`."""
     norm = norm_class(config)
@@ -214,7 +199,7 @@ def _moe_layers(config: TransformerConfig) -> list[bool]:
 
 def layer_spec(
     config: TransformerConfig,
-    provider: Provider,
+    provider: TorchProvider,
     *,
     layers: LayerArguments,
     is_moe: bool,
@@ -231,7 +216,6 @@ def layer_spec(
         is_delta_net: Whether it has a gated delta net in place of attention.
         fuses_rope: Whether attention may rotate in a kernel of ours.
     """
-    fuses_norm = provider.fuse_layernorm_and_linear()
     norm = norm_class(config)
     if is_delta_net:
         attention = _delta_net(provider)
@@ -242,28 +226,29 @@ def layer_spec(
     add = get_bias_dropout_add
     if layers.has_sublayer_norms:
         add = ModuleSpec(module=NormedResidual, params={"config": config})
-    has_own_norm = not fuses_norm or (config.multi_latent_attention and not is_delta_net)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm if has_own_norm else IdentityOp,
+            input_layernorm=norm,
             self_attention=attention,
             self_attn_bda=add,
-            pre_mlp_layernorm=norm if is_moe or not fuses_norm else IdentityOp,
+            pre_mlp_layernorm=norm,
             mlp=_mlp(config, provider, layers=layers, is_moe=is_moe),
             mlp_bda=add,
         ),
     )
 
 
-def _attention(config: TransformerConfig, provider: Provider, *, fuses_rope: bool) -> ModuleSpec:
+def _attention(
+    config: TransformerConfig, provider: TorchProvider, *, fuses_rope: bool
+) -> ModuleSpec:
     """Grouped-query attention."""
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     return ModuleSpec(
         module=RotarySelfAttention,
         params={"attn_mask_type": AttnMaskType.causal, "fuses_rope": fuses_rope},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=_column_linear_with_norm(provider),
+            linear_qkv=provider.column_parallel_linear(),
             core_attention=provider.core_attention(),
             linear_proj=provider.row_parallel_linear(),
             q_layernorm=qk_norm,
@@ -273,11 +258,10 @@ def _attention(config: TransformerConfig, provider: Provider, *, fuses_rope: boo
 
 
 def _latent_attention(
-    config: MLATransformerConfig, provider: Provider, *, is_interleaved: bool
+    config: MLATransformerConfig, provider: TorchProvider, *, is_interleaved: bool
 ) -> ModuleSpec:
-    """Multi-head latent attention. The norms of compressed queries and keys may be fused too."""
-    up = _column_linear_with_norm(provider)
-    norm = IdentityOp if provider.fuse_layernorm_and_linear() else RMSNorm
+    """Multi-head latent attention."""
+    up = provider.column_parallel_linear()
     return ModuleSpec(
         module=LatentSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal, "is_interleaved": is_interleaved},
@@ -291,30 +275,23 @@ def _latent_attention(
                 v_channels=config.v_head_dim,
             ),
             linear_proj=provider.row_parallel_linear(),
-            q_layernorm=norm,
-            kv_layernorm=norm,
+            q_layernorm=RMSNorm,
+            kv_layernorm=RMSNorm,
         ),
     )
 
 
-def _delta_net(provider: Provider) -> ModuleSpec:
+def _delta_net(provider: TorchProvider) -> ModuleSpec:
     return ModuleSpec(
         module=GatedDeltaNet,
         submodules=GatedDeltaNetSubmodules(
-            in_proj=_column_linear_with_norm(provider), out_proj=provider.row_parallel_linear()
+            in_proj=provider.column_parallel_linear(), out_proj=provider.row_parallel_linear()
         ),
     )
 
 
-def _column_linear_with_norm(provider: Provider) -> type:
-    """The linear before which a norm stands, with the norm in it where the backend can."""
-    if provider.fuse_layernorm_and_linear():
-        return provider.column_parallel_layer_norm_linear()
-    return provider.column_parallel_linear()
-
-
 def _mlp(
-    config: TransformerConfig, provider: Provider, *, layers: LayerArguments, is_moe: bool
+    config: TransformerConfig, provider: TorchProvider, *, layers: LayerArguments, is_moe: bool
 ) -> ModuleSpec:
     mlp = get_mlp_module_spec_for_backend(
         provider,

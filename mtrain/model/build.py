@@ -297,7 +297,5 @@ def fuse_weight_gradients(chunks: list[LanguageModel]) -> None:
     """
     for chunk in chunks:
         for module in chunk.modules():
-            if hasattr(module, "fuse_wgrad_accumulation"):  # of Transformer Engine
-                module.fuse_wgrad_accumulation = True
             if isinstance(module, ColumnParallelLinear | RowParallelLinear):
                 module.gradient_accumulation_fusion = True

@@ -86,7 +86,7 @@ class LatentSelfAttention(Attention):
         )
 
     def _up(self, linear: type, in_size: int, out_size: int) -> torch.nn.Module:
-        module = build_module(
+        return build_module(
             linear,
             in_size,
             out_size,
@@ -98,10 +98,6 @@ class LatentSelfAttention(Attention):
             is_expert=False,
             tp_group=self.pg_collection.tp,
         )
-        if hasattr(module, "layer_norm_weight"):
-            # With the norm inside; Transformer Engine took the epsilon of the model.
-            module.eps = _LATENT_EPSILON
-        return module
 
     def _norm(self, norm: type, size: int) -> torch.nn.Module:
         return build_module(norm, hidden_size=size, config=self.config, eps=_LATENT_EPSILON)

@@ -38,7 +38,7 @@ def test_every_tensor_is_in_one_file_whose_group_holds_all_of_it(name, sizes):
     table = weight_table(tiny_config(name))
     held = []
     for rank in range(layout.world_size):
-        plan = plan_rank(table, layout=layout, rank=rank, backend="torch")
+        plan = plan_rank(table, layout=layout, rank=rank)
         held.append(
             {piece.hf_name: p.split_over for p in plan if not p.is_duplicate for piece in p.pieces}
         )

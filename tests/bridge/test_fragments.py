@@ -32,7 +32,7 @@ def test_fragments_hold_what_the_parameter_holds_there(model, layout):
         name: numbers[end - prod(shape) : end].view(shape)
         for (name, shape), end in zip(hf_tensors(table).items(), ends.tolist(), strict=True)
     }
-    for parameter in plan_rank(table, layout=layout, rank=layout.world_size - 1, backend="torch"):
+    for parameter in plan_rank(table, layout=layout, rank=layout.world_size - 1):
         whole = filled(parameter.shape, parameter.pieces, hf).flatten()
         for bounds in cuts_of(whole.numel()):
             for start, stop in pairwise(bounds):

@@ -49,11 +49,9 @@ def test_blocks_of_any_size_put_the_tensors_together_again(tmp_path, max_bytes):
     write_checkpoint(tmp_path, hf)
     table = weight_table(tiny_config("qwen3_moe_mixed", num_hidden_layers=2))
     layout = ParallelLayout()
-    plan = plan_rank(table, layout=layout, rank=0, backend="te")
+    plan = plan_rank(table, layout=layout, rank=0)
     chunks = make_chunks(plan, num_chunks=1, dtype=torch.float32)
-    load_weights(
-        chunks, open_checkpoint(tmp_path), table=table, layout=layout, rank=0, backend="te"
-    )
+    load_weights(chunks, open_checkpoint(tmp_path), table=table, layout=layout, rank=0)
     (tensors,) = tensors_by_name(chunks)
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     gatherer = BlockGatherer(

@@ -133,7 +133,7 @@ def test_a_copy_is_not_carried_but_made_again():
 
 def plan_and_shapes():
     layout = ParallelLayout(world_size=2, pp_size=2, vpp_size=2)
-    plan = plan_rank(weight_table(tiny_config("qwen3")), layout=layout, rank=1, backend="torch")
+    plan = plan_rank(weight_table(tiny_config("qwen3")), layout=layout, rank=1)
     shapes = [{p.name: p.shape for p in plan if p.chunk == chunk} for chunk in range(2)]
     return plan, shapes
 

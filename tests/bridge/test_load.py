@@ -24,13 +24,11 @@ LAYOUTS = [
 ]
 
 
-def load_rank(folder, name, layout, rank, *, backend="torch", dtype=torch.float32, **changes):
+def load_rank(folder, name, layout, rank, *, dtype=torch.float32, **changes):
     table = weight_table(tiny_config(name, **changes))
-    plan = plan_rank(table, layout=layout, rank=rank, backend=backend)
+    plan = plan_rank(table, layout=layout, rank=rank)
     chunks = make_chunks(plan, num_chunks=layout.num_chunks, dtype=dtype)
-    ignored = load_weights(
-        chunks, open_checkpoint(folder), table=table, layout=layout, rank=rank, backend=backend
-    )
+    ignored = load_weights(chunks, open_checkpoint(folder), table=table, layout=layout, rank=rank)
     return chunks, ignored
 
 
@@ -135,19 +133,6 @@ def test_every_rank_holds_what_megatron_expects(tmp_path, name, sizes):
                 assert torch.equal(parameters[key], value), (rank, key)
 
 
-def test_transformer_engine_layers_have_the_same_weights_under_their_names(tmp_path):
-    hf = random_tensors("qwen3")
-    write_checkpoint(tmp_path, hf)
-    (chunk,), _ = load_rank(tmp_path, "qwen3", ParallelLayout(), 0, backend="te")
-    parameters = dict(chunk.named_parameters())
-    for name, source in {
-        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-        "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
-    }.items():
-        expected = hf[f"model.layers.2.{source}"]
-        assert torch.equal(parameters[f"decoder.layers.2.{name}"], expected)
-
-
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
 def test_values_take_the_dtype_of_the_parameter(tmp_path, stored, wanted):
@@ -214,7 +199,7 @@ def test_a_parameter_of_the_model_that_no_tensor_fills_is_refused(tmp_path):
     """T23"""
     write_checkpoint(tmp_path, random_tensors("llama"))
     table = weight_table(tiny_config("llama"))
-    plan = plan_rank(table, layout=ParallelLayout(), rank=0, backend="torch")
+    plan = plan_rank(table, layout=ParallelLayout(), rank=0)
     (chunk,) = make_chunks(plan, num_chunks=1, dtype=torch.float32)
     chunk.extra = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match="no rule fills: extra"):
@@ -224,7 +209,6 @@ def test_a_parameter_of_the_model_that_no_tensor_fills_is_refused(tmp_path):
             table=table,
             layout=ParallelLayout(),
             rank=0,
-            backend="torch",
         )
 
 

@@ -67,7 +67,7 @@ def count_owners(table, layout):
     counts = {name: np.zeros(shape, int) for name, shape in hf_tensors(table).items()}
     for rank in range(layout.world_size):
         at = layout.coordinates(rank)
-        for parameter in plan_rank(table, layout=layout, rank=rank, backend="torch"):
+        for parameter in plan_rank(table, layout=layout, rank=rank):
             is_expert = any(piece.expert is not None for piece in parameter.pieces)
             is_copy = at.edp_rank > 0 if is_expert else (at.dp_rank > 0 or at.cp_rank > 0)
             shard = at.etp_rank if is_expert else at.tp_rank
@@ -93,7 +93,7 @@ def test_every_parameter_is_filled_once_but_for_padding(name, sizes):
     """T23"""
     layout = ParallelLayout(**sizes)
     for rank in range(layout.world_size):
-        plan = plan_rank(weight_table(tiny_config(name)), layout=layout, rank=rank, backend="torch")
+        plan = plan_rank(weight_table(tiny_config(name)), layout=layout, rank=rank)
         assert len({(p.chunk, p.name) for p in plan}) == len(plan)
         for parameter in plan:
             counts = np.zeros(parameter.shape, int)
@@ -126,24 +126,27 @@ def test_published_sizes_expand_in_a_second(config, number):
     start = time.monotonic()
     table = weight_table(config)
     assert len(hf_tensors(table)) == number
-    plan_rank(table, layout=ParallelLayout(), rank=0, backend="te")
+    plan_rank(table, layout=ParallelLayout(), rank=0)
     assert time.monotonic() - start < 1
 
 
-def test_backends_differ_in_the_norms_alone():
+def test_stored_names_differ_in_the_norms_alone():
     table = weight_table(tiny_config("qwen3_moe_mixed"))
     names = {
-        backend: {
-            p.name for p in plan_rank(table, layout=ParallelLayout(), rank=0, backend=backend)
+        uses_stored_names: {
+            parameter.name
+            for parameter in plan_rank(
+                table, layout=ParallelLayout(), rank=0, uses_stored_names=uses_stored_names
+            )
         }
-        for backend in ("te", "torch")
+        for uses_stored_names in (True, False)
     }
     layer = "decoder.layers.{}.".format
-    assert names["te"] - names["torch"] == {
+    assert names[True] - names[False] == {
         *(layer(i) + "self_attention.linear_qkv.layer_norm_weight" for i in range(4)),
         layer(1) + "mlp.linear_fc1.layer_norm_weight",
     }
-    assert names["torch"] - names["te"] == {
+    assert names[False] - names[True] == {
         *(layer(i) + "input_layernorm.weight" for i in range(4)),
         layer(1) + "pre_mlp_layernorm.weight",
     }
@@ -151,7 +154,7 @@ def test_backends_differ_in_the_norms_alone():
 
 def test_layer_numbers_count_from_the_first_layer_of_the_chunk():
     layout = ParallelLayout(world_size=2, pp_size=2, vpp_size=2)
-    plan = plan_rank(weight_table(tiny_config("llama")), layout=layout, rank=1, backend="torch")
+    plan = plan_rank(weight_table(tiny_config("llama")), layout=layout, rank=1)
     sources = {
         (p.chunk, p.name): p.pieces[0].hf_name
         for p in plan
@@ -167,9 +170,7 @@ def test_layer_numbers_count_from_the_first_layer_of_the_chunk():
 @pytest.mark.parametrize(("pp_size", "expected"), [(1, []), (2, ["output_layer.weight"])])
 def test_a_tied_model_has_a_second_embedding_on_the_last_of_several_stages(pp_size, expected):
     layout = ParallelLayout(world_size=pp_size, pp_size=pp_size)
-    plan = plan_rank(
-        weight_table(tiny_config("llama3_tied")), layout=layout, rank=pp_size - 1, backend="torch"
-    )
+    plan = plan_rank(weight_table(tiny_config("llama3_tied")), layout=layout, rank=pp_size - 1)
     duplicates = [parameter for parameter in plan if parameter.is_duplicate]
     assert [parameter.name for parameter in duplicates] == expected
     assert all(p.pieces[0].hf_name == "model.embed_tokens.weight" for p in duplicates)
@@ -194,16 +195,14 @@ def test_the_order_and_the_shapes_of_tensors_do_not_depend_on_the_layout(sizes):
 def test_a_model_that_cannot_be_split_is_refused_with_the_parameter(name, changes, sizes, message):
     layout = ParallelLayout(world_size=prod(sizes.values()), **sizes)
     with pytest.raises(ValueError, match=message):
-        plan_rank(
-            weight_table(tiny_config(name, **changes)), layout=layout, rank=0, backend="torch"
-        )
+        plan_rank(weight_table(tiny_config(name, **changes)), layout=layout, rank=0)
 
 
 def fill(rule, sources, *, tp_size, rank):
     """The one parameter of a rank, filled from tensors by name; elements not filled are -1."""
     layout = ParallelLayout(world_size=tp_size, tp_size=tp_size)
     table = WeightTable(num_layers=1, rules=(rule,))
-    (parameter,) = plan_rank(table, layout=layout, rank=rank, backend="torch")
+    (parameter,) = plan_rank(table, layout=layout, rank=rank)
     array = np.full(parameter.shape, -1)
     for piece in parameter.pieces:
         target = array if piece.expert is None else array[piece.expert]

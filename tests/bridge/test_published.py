@@ -81,7 +81,7 @@ def test_a_large_layout_covers_every_tensor_exactly_once(name):
     table = table_of(name)
     boxes: dict[str, set] = {}
     for rank in range(layout.world_size):
-        for parameter in plan_rank(table, layout=layout, rank=rank, backend="te"):
+        for parameter in plan_rank(table, layout=layout, rank=rank):
             if not parameter.is_duplicate:
                 for piece in parameter.pieces:
                     boxes.setdefault(piece.hf_name, set()).add(piece.hf)

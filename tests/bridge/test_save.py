@@ -89,7 +89,6 @@ def load_and_save(state, source, target, max_shard_size, bucket_bytes, dtype=tor
         table=table,
         form=form_of(source, table),
         state=state,
-        backend="torch",
         dtype=dtype,
         max_shard_size=max_shard_size,
         bucket_bytes=bucket_bytes,
@@ -200,7 +199,6 @@ def save_computed(state, source, target):
         table=table,
         form=form_of(source, table),
         state=state,
-        backend="torch",
         dtype=torch.float32,
         max_shard_size=10**9,
     )()

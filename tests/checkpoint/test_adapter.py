@@ -74,7 +74,6 @@ def save(state: ParallelState, source: Path, run: Path, layout="per_expert", ste
             form=form_of(source, layout=layout),
             arguments={"lr": 1e-5, "model": "模型"},
             state=state,
-            backend="torch",
             open_file=open_file,
         )
 

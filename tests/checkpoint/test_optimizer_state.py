@@ -109,7 +109,7 @@ def tensors_of(rig: Rig, *, is_sharded: bool) -> OptimizerTensors:
 
 def form_of(folder: Path) -> OptimizerFormat:
     table = weight_table(read_config(folder))
-    return OptimizerFormat(table=table, backend="torch", max_shard_size=100_000)
+    return OptimizerFormat(table=table, max_shard_size=100_000)
 
 
 def save(rig: Rig, folder: Path, target: Path, *, parallel: ParallelConfig) -> int:
@@ -128,7 +128,6 @@ def save(rig: Rig, folder: Path, target: Path, *, parallel: ParallelConfig) -> i
             target,
             table=weight_table(read_config(folder)),
             state=rig.state,
-            backend="torch",
             dtype=rig.chunks[0].config.params_dtype,
             max_shard_size=10**9,
         )

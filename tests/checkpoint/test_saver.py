@@ -79,7 +79,7 @@ def contents_of_run(open_file: OpenFile, *, state: ParallelState, source: Path) 
     """Weights and state of a tiny model as a run saves them, in files of many ranks."""
     hf_config = tiny_config("qwen3")
     table = weight_table(hf_config)
-    plan = plan_rank(table, layout=state.layout, rank=state.rank, backend="torch")
+    plan = plan_rank(table, layout=state.layout, rank=state.rank)
     (chunk,) = make_chunks(plan, num_chunks=1, dtype=torch.float32)
     tensors = dict(chunk.named_parameters())
     weights = weights_contents(
@@ -88,7 +88,6 @@ def contents_of_run(open_file: OpenFile, *, state: ParallelState, source: Path) 
             source=source,
             hf_config=hf_config,
             table=weight_table(hf_config),
-            backend="torch",
             dtype=torch.float32,
             max_shard_size=100_000,
         ),
@@ -107,7 +106,7 @@ def contents_of_run(open_file: OpenFile, *, state: ParallelState, source: Path) 
             is_sharded=False,
         ),
         None,
-        form=OptimizerFormat(table=table, backend="torch", max_shard_size=100_000),
+        form=OptimizerFormat(table=table, max_shard_size=100_000),
         state=state,
         open_file=open_file,
     )

@@ -55,7 +55,6 @@ def save(
         source=source,
         hf_config=read_config(source),
         table=weight_table(read_config(source)),
-        backend="torch",
         dtype=dtype,
         max_shard_size=100_000,
     )

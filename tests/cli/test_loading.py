@@ -32,7 +32,7 @@ def logits(state, folder: Path, adapters: tuple[str, ...] | None):
     )
     if adapters is not None:
         adapter = open_adapter(config, source)
-        options = {"backend": "torch", "dtype": torch.float32, "dropout": 0.5, "seed": 0}
+        options = {"dtype": torch.float32, "dropout": 0.5, "seed": 0}
         load_adapter(chunks, adapter, source, state, **options)
     (model,) = chunks
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -79,13 +79,12 @@ def test_the_layout_has_every_size_of_the_flags() -> None:
 
 def test_names_of_both_worlds_for_freezing(folder) -> None:
     table = open_local(folder).table
-    plain, fused = (hf_names(table, backend=backend) for backend in ("torch", "te"))
-    assert plain["decoder.layers.3.self_attention.linear_qkv.weight"] == tuple(
+    names = hf_names(table)
+    assert names["decoder.layers.3.self_attention.linear_qkv.weight"] == tuple(
         f"model.layers.3.self_attn.{name}_proj.weight" for name in "qkv"
     )
     norm = ("model.layers.0.input_layernorm.weight",)
-    assert plain["decoder.layers.0.input_layernorm.weight"] == norm
-    assert fused["decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"] == norm
+    assert names["decoder.layers.0.input_layernorm.weight"] == norm
 
 
 def test_another_model_type_is_trained_and_saved_as_such(folder, tmp_path) -> None:

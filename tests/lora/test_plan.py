@@ -79,7 +79,7 @@ def random_tensors(table):
 def filled(table, values, *, layout, rank):
     """Local parameters of a rank by (chunk, name), filled from whole tensors."""
     local = {}
-    for parameter in plan_rank(table, layout=layout, rank=rank, backend="te"):
+    for parameter in plan_rank(table, layout=layout, rank=rank):
         array = np.zeros(parameter.shape, dtype=np.int64)
         for piece in parameter.pieces:
             target = array if piece.expert is None else array[piece.expert]
@@ -232,7 +232,7 @@ def test_every_element_of_an_adapter_has_a_place_and_padding_is_never_filled(siz
     factors, layout = adapter_table(table, lora), ParallelLayout(**sizes)
     held = {name: np.zeros(shape, dtype=int) for name, shape in hf_tensors(factors).items()}
     for rank in range(layout.world_size):
-        for parameter in plan_rank(factors, layout=layout, rank=rank, backend="torch"):
+        for parameter in plan_rank(factors, layout=layout, rank=rank):
             counts = np.zeros(parameter.shape, dtype=int)
             for piece in parameter.pieces:
                 add_boxes(held[piece.hf_name], piece.hf)
@@ -249,7 +249,7 @@ def test_factors_of_a_fused_linear_are_padded_to_the_largest_rank():
     assert [adapter and adapter.rank for adapter in qkv.adapters] == [2, None, 3]
     assert (qkv.sources, qkv.rank, qkv.kind, proj.kind) == ((0, 2), 3, "column", "row")
     layout = ParallelLayout(world_size=2, tp_size=2)
-    plan = plan_rank(adapter_table(table, lora), layout=layout, rank=1, backend="torch")
+    plan = plan_rank(adapter_table(table, lora), layout=layout, rank=1)
     shapes = {parameter.name: parameter.shape for parameter in plan}
     layer = "decoder.layers.3.self_attention."
     assert shapes[layer + "linear_qkv.adapter.lora_a"] == (2 * 3, 64)

@@ -1,6 +1,7 @@
 """Which backend is used, and which modules its layers are made of."""
 
 import pytest
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
 from mtrain.bridge.family import LayerArguments
 from mtrain.model import backends
@@ -74,9 +75,14 @@ def test_dense_layers_between_expert_layers_stay_dense() -> None:
     assert [mlp for *_, mlp in layers] == ["ExpertLayer", "GatedMLP", "ExpertLayer", "ExpertLayer"]
 
 
-def test_both_backends_share_our_experts() -> None:
-    for backend in ("torch", "te"):
-        module, _ = spec_provider(backend).grouped_mlp_modules(True, False)
+def test_backends_differ_in_attention_alone() -> None:
+    torch_layers, te_layers = spec_provider("torch"), spec_provider("te")
+    for part in ("column_parallel_linear", "row_parallel_linear"):
+        assert getattr(torch_layers, part)() is getattr(te_layers, part)()
+    assert te_layers.core_attention() is TEDotProductAttention
+    assert (torch_layers.packed_format, te_layers.packed_format) == ("sbhd", "thd")
+    for provider in (torch_layers, te_layers):
+        module, _ = provider.grouped_mlp_modules(True, False)
         assert module is GroupedExperts
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
-from mtrain.bridge.plan import Backend, Plan, plan_rank
+from mtrain.bridge.plan import Plan, plan_rank
 from mtrain.bridge.rules import Rule, WeightTable
 from mtrain.lora.layers.factors import LoraFactors
 from mtrain.lora.layers.linear import (
@@ -46,7 +46,6 @@ def attach_adapters(
     *,
     table: WeightTable,
     state: ParallelState,
-    backend: Backend,
     dtype: torch.dtype,
     dropout: float,
 ) -> None:
@@ -59,7 +58,6 @@ def attach_adapters(
         lora: The adapters.
         table: Weights of the model.
         state: This rank.
-        backend: Spelling of the norms in the chunks.
         dtype: Dtype of the factors.
         dropout: Probability that an input of A is dropped in training.
 
@@ -73,12 +71,12 @@ def attach_adapters(
             "of the model, which LoRA leaves alone; use 0"
         )
     _check_copies(lora, table, state)
-    _freeze_all_but(lora.modules_to_save, chunks, table, state, backend)
+    _freeze_all_but(lora.modules_to_save, chunks, table, state)
     for linear in lora.linears:
         scales = _scales(linear, state)
         is_expert = linear.kind == "experts"
         is_local = config.moe_shared_expert_overlap and ".shared_experts." in linear.rule.megatron
-        for place in _places(linear, table, state, backend):
+        for place in _places(linear, table, state):
             module = chunks[place.chunk].get_submodule(place.module)
             adapter = LoraFactors(
                 linear,
@@ -95,7 +93,6 @@ def attach_adapters(
             module.add_module(place.child, adapter)
             _mark_factors(adapter, linear, state)
             module.__class__ = _ADAPT[linear.kind](type(module))
-            _set_up_transformer_engine(module)
 
 
 def _check_copies(lora: LoraPlan, table: WeightTable, state: ParallelState) -> None:
@@ -117,33 +114,21 @@ def _freeze_all_but(
     chunks: Sequence[torch.nn.Module],
     table: WeightTable,
     state: ParallelState,
-    backend: Backend,
 ) -> None:
     for chunk in chunks:
         chunk.requires_grad_(False)
     parameters = [dict(chunk.named_parameters()) for chunk in chunks]
-    for planned in _plan(LoraPlan(linears=(), modules_to_save=saved), table, state, backend):
+    for planned in _plan(LoraPlan(linears=(), modules_to_save=saved), table, state):
         # Not among them: the biases that choose experts, which are buffers. No gradient trains
         # them, but they are saved with their module.
         if planned.name in parameters[planned.chunk]:
             parameters[planned.chunk][planned.name].requires_grad_(True)
 
 
-def _set_up_transformer_engine(module: torch.nn.Module) -> None:
-    """Does nothing for other linears."""
-    if hasattr(module, "return_layernorm_output"):
-        # With the norm inside the linear: A takes the normalised input.
-        module.return_layernorm_output = True
-    if hasattr(module, "activation_dtype"):
-        # At the first forward it would refuse factors of another dtype than the weight's; a dtype
-        # that is set already counts as checked.
-        module.activation_dtype = module.weight.dtype
-
-
-def _plan(lora: LoraPlan, table: WeightTable, state: ParallelState, backend: Backend) -> Plan:
+def _plan(lora: LoraPlan, table: WeightTable, state: ParallelState) -> Plan:
     """Where the tensors of an adapter are on this rank."""
     factors = adapter_table(table, lora)
-    return plan_rank(factors, layout=state.layout, rank=state.rank, backend=backend)
+    return plan_rank(factors, layout=state.layout, rank=state.rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,11 +150,9 @@ class _Place:
     b_shape: tuple[int, ...]
 
 
-def _places(
-    linear: AdaptedLinear, table: WeightTable, state: ParallelState, backend: Backend
-) -> Iterator[_Place]:
+def _places(linear: AdaptedLinear, table: WeightTable, state: ParallelState) -> Iterator[_Place]:
     """Every such linear on this rank."""
-    plan = _plan(LoraPlan(linears=(linear,)), table, state, backend)
+    plan = _plan(LoraPlan(linears=(linear,)), table, state)
     shapes = {(parameter.chunk, parameter.name): parameter.shape for parameter in plan}
     for (chunk, name), a_shape in shapes.items():
         path, _, factor = name.rpartition(".")

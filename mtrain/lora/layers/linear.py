@@ -37,8 +37,7 @@ from mtrain.lora.layers.products import add_up
 
 @cache
 def adapt_column_linear(base: type) -> type:
-    """A column-parallel linear, Megatron-Core's or Transformer Engine's, with an adapter."""
-    is_plain = issubclass(base, ColumnParallelLinear)
+    """A column-parallel linear with an adapter."""
 
     class AdaptedColumnLinear(base):
         adapter: LoraFactors
@@ -47,17 +46,11 @@ def adapt_column_linear(base: type) -> type:
             self, input_: torch.Tensor, *args: Any, **kwargs: Any
         ) -> tuple[torch.Tensor, Any]:
             """[seq (/ tp_size), batch, in] -> [seq, batch, out / tp_size]."""
-            if is_plain and self.adapter.sends_nothing:
+            if self.adapter.sends_nothing:
                 weight = _weight(self, *args, **kwargs)
                 if _is_frozen(weight, self.bias, input_):
                     return _fused(self, weight, input_, is_split=False)
-            output, bias, *normalised = super().forward(input_, *args, **kwargs)
-            # Transformer Engine's norm is inside the linear; attach asked for what it gives, which
-            # comes with the output or, where there is a bias to return, behind it.
-            if isinstance(output, tuple):
-                output, *normalised = output
-            if normalised:
-                (input_,) = normalised
+            output, bias = super().forward(input_, *args, **kwargs)
             adapter = self.adapter
             lora_a, lora_b = adapter()
             is_split = adapter.is_sequence_parallel and not adapter.is_local
@@ -85,7 +78,6 @@ def _weight(
 @cache
 def adapt_row_linear(base: type) -> type:
     """A row-parallel linear with an adapter."""
-    is_plain = issubclass(base, RowParallelLinear)
 
     class AdaptedRowLinear(base):
         adapter: LoraFactors
@@ -97,8 +89,7 @@ def adapt_row_linear(base: type) -> type:
         def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, Any]:
             """[seq, batch, in / tp_size] -> [seq (/ tp_size), batch, out]."""
             adapter = self.adapter
-            is_alone = is_plain and adapter.sends_nothing
-            if is_alone and _is_frozen(self.weight, self.bias, input_):
+            if adapter.sends_nothing and _is_frozen(self.weight, self.bias, input_):
                 return _fused(self, self.weight, input_, is_split=True)
             output, bias = super().forward(input_)
             lora_a, lora_b = adapter()

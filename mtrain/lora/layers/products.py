@@ -84,10 +84,10 @@ class _AddUp(torch.autograd.Function):
     """Adds a low-rank product to its first argument, which passes through.
 
     The argument is written to and returned, but not marked as dirty. Marked, it would have to be
-    rewritten in the graph, which autograd refuses for views that come out of another function, and
-    most outputs are: of Megatron-Core's reductions and of Transformer Engine's linears. Unmarked,
-    the result is a view of it, and its version counts up, so a function that had saved it would
-    raise an error instead of computing with changed numbers.
+    rewritten in the graph, which autograd refuses for views that come out of another function, as
+    those of Megatron-Core's reductions are. Unmarked, the result is a view of it, and its version
+    counts up, so a function that had saved it would raise an error instead of computing with
+    changed numbers.
     """
 
     @staticmethod

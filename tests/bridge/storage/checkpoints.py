@@ -190,16 +190,15 @@ def load_and_save(
 ):
     """Loads a checkpoint into parameters of this rank and saves it again, in small pieces."""
     layout = state.layout
-    plan = plan_rank(table, layout=layout, rank=state.rank, backend="te")
+    plan = plan_rank(table, layout=layout, rank=state.rank)
     chunks = make_chunks(plan, num_chunks=layout.num_chunks, dtype=dtype)
     weights = arranged(open_checkpoint(source), table, blocks=blocks or Fp8Blocks())
-    load_weights(chunks, weights, table=table, layout=layout, rank=state.rank, backend="te")
+    load_weights(chunks, weights, table=table, layout=layout, rank=state.rank)
     return save_weights(
         lookup_in(tensors_by_name(chunks)),
         target,
         table=table,
         state=state,
-        backend="te",
         dtype=dtype,
         max_shard_size=max_shard_size,
         bucket_bytes=3_000,

@@ -192,19 +192,18 @@ def test_tensors_may_arrive_in_parts_of_any_size(tmp_path, size):
 def _save_mixed(state, source, target):
     """Half precision, and experts' biases in float32."""
     table = _mixed_table()
-    plan = plan_rank(table, layout=state.layout, rank=state.rank, backend="te")
+    plan = plan_rank(table, layout=state.layout, rank=state.rank)
     chunks = make_chunks(plan, num_chunks=1, dtype=torch.bfloat16)
     for name, parameter in chunks[0].named_parameters():
         if name.endswith("linear_fc1.bias"):
             parameter.data = parameter.data.float()
     weights = arranged(open_checkpoint(source), table)
-    load_weights(chunks, weights, table=table, layout=state.layout, rank=state.rank, backend="te")
+    load_weights(chunks, weights, table=table, layout=state.layout, rank=state.rank)
     save_weights(
         lookup_in(tensors_by_name(chunks)),
         target,
         table=table,
         state=state,
-        backend="te",
         dtype=torch.bfloat16,
         max_shard_size=20_000,
         bucket_bytes=3_000,

@@ -59,7 +59,7 @@ def stock_model(state, folder, *, named_as_te=False, is_te=False):
 def expected_tensors(state, folder):
     """What each parameter of the stock model has to be, by the bridge's own plan of this rank."""
     table = weight_table(read_config(folder))
-    plan = plan_rank(table, layout=state.layout, rank=state.rank, backend="torch")
+    plan = plan_rank(table, layout=state.layout, rank=state.rank)
     tensors = {p.name: torch.empty(p.shape) for p in plan}
     with open_checkpoint(folder).open() as source:
         fill_tensors([tensors], source, plan)

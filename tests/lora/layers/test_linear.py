@@ -132,33 +132,6 @@ def test_dropout_reaches_linears_that_every_rank_holds_whole(name, tmp_path):
     assert first[0] != first[1], "nothing was dropped"
 
 
-class NormInside(torch.nn.Module):
-    """Returns what Megatron-Core's wrapper of Transformer Engine's linear with a norm returns."""
-
-    def __init__(self, *, returns_bias):
-        super().__init__()
-        self.returns_bias = returns_bias
-
-    def forward(self, input_):
-        normalised = input_ / 2
-        output = input_.new_zeros(1, 6)
-        bias = torch.ones(6)
-        return (output, bias, normalised) if self.returns_bias else ((output, normalised), None)
-
-
-@pytest.mark.parametrize("returns_bias", [False, True])
-def test_with_a_norm_inside_a_is_applied_to_what_the_norm_gives(returns_bias):
-    """With a bias Transformer Engine returns it between the output and the normalised input."""
-    module = NormInside(returns_bias=returns_bias)
-    module.adapter = make_factors(scales=2.0, a_shape=(3, 6), b_shape=(6, 3))
-    module.__class__ = adapt_column_linear(NormInside)
-    tokens = torch.randn(1, 6)
-    output, bias = module(tokens)
-    expected = 2.0 * (tokens / 2) @ module.adapter.lora_a.t() @ module.adapter.lora_b.t()
-    torch.testing.assert_close(output, expected)
-    assert (bias is not None) == returns_bias
-
-
 def linear_of(state, kind, *, skip_bias_add=False):
     """A frozen linear of Megatron-Core and the class that it has with an adapter."""
     config = TransformerConfig(
