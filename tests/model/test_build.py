@@ -280,20 +280,6 @@ def test_virtual_stages_hold_the_layers_that_the_schedule_expects() -> None:
     assert has_output == [False, False, False, True]
 
 
-class FusingLinear(torch.nn.Linear):
-    """As Transformer Engine's, which has this attribute."""
-
-    fuse_wgrad_accumulation = False
-
-
-def test_fused_weight_gradients_are_turned_on_where_there_is_a_kernel() -> None:
-    fusing, plain = FusingLinear(2, 2), torch.nn.Linear(2, 2)
-    fuse_weight_gradients([torch.nn.Sequential(fusing), torch.nn.Sequential(plain)])
-    assert fusing.fuse_wgrad_accumulation
-    assert not FusingLinear.fuse_wgrad_accumulation
-    assert not hasattr(plain, "fuse_wgrad_accumulation")
-
-
 def weight_gradients(state, name):
     """Largest difference between gradients with and without fusion, and how many were fused."""
     results = []

@@ -58,8 +58,7 @@ def made(producer):
 
 
 class SameNumbers(torch.autograd.Function):
-    """Returns its input, or a view of what it made: as Megatron-Core's reductions in a group of
-    one, and Transformer Engine's linears."""
+    """Returns its input, or a view of what it made, as Megatron-Core's reductions do."""
 
     @staticmethod
     def forward(ctx, tensor, returns_input):
