@@ -15,7 +15,6 @@ from mtrain.cli.adapter_source import AdapterSource
 from mtrain.cli.model_source import ModelSource, parallel_layout
 from mtrain.cli.rank_checks import check_attention, check_collectives
 from mtrain.config import ExportConfig, SftConfig, TrainingConfig
-from mtrain.config.moe import resolve_permute_fusion
 from mtrain.lora.layers.attach import attach_adapters
 from mtrain.lora.weights import initialize_adapters, load_adapters
 from mtrain.model.backends import choose_backend
@@ -77,7 +76,7 @@ def load_model(
         model=config.model,
         parallel=config.parallel,
         training=training,
-        moe=resolve_permute_fusion(config.moe, backend=backend),
+        moe=config.moe,
         dtype=dtype,
     )
     chunks = build_model(

@@ -4,12 +4,11 @@ The one thing to know: None and the defaults leave the router as the checkpoint 
 the balance losses, capacity and communication are decided here.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 from mtrain.config.fields import flag
 
-__all__ = ["MoEConfig", "resolve_permute_fusion"]
+__all__ = ["MoEConfig"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +30,7 @@ class MoEConfig:
     )
     moe_enable_deepep: bool = flag(False, "Exchange tokens with DeepEP.")
     moe_grouped_gemm: bool = flag(True, "Compute all local experts in one grouped product.")
-    moe_permute_fusion: bool | None = flag(
-        None,
-        "Sort tokens for their exchange in Transformer Engine's kernels, where it is installed; "
-        "default: on where it computes the layers.",
-    )
+    moe_permute_fusion: bool = flag(False, "Fused token permutation, where the kernel exists.")
     moe_shared_expert_overlap: bool = flag(
         False, "Overlap shared experts with the token exchange, in models that have them."
     )
@@ -55,18 +50,3 @@ class MoEConfig:
     moe_token_drop_policy: str = flag(
         "probs", "Which tokens are dropped over capacity.", choices=("probs", "position")
     )
-
-
-def resolve_permute_fusion(moe: MoEConfig, *, backend: str) -> MoEConfig:
-    """Decides whether Transformer Engine sorts the tokens that Megatron-Core's dispatchers send.
-
-    Where all experts are on the rank of their tokens, `mtrain.model.dispatch` sorts them, and this
-    has no effect.
-
-    Args:
-        moe: The section; what was given stays.
-        backend: "te" or "torch".
-    """
-    if moe.moe_permute_fusion is not None:
-        return moe
-    return dataclasses.replace(moe, moe_permute_fusion=backend == "te")

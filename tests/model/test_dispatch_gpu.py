@@ -30,7 +30,10 @@ def state():
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3_groups"])
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 def test_fused_sorting_gives_the_same(name, dispatcher, state, tmp_path):
-    """Megatron-Core's dispatchers, as with experts on several ranks."""
+    """Megatron-Core's dispatchers, as with experts on several ranks.
+
+    In float32: after rounding to bfloat16 routers may choose otherwise.
+    """
     folder = make_checkpoint(tmp_path, name, hidden_size=128, moe_intermediate_size=64)
     inputs = {
         key: value.cuda() if torch.is_tensor(value) else value
@@ -40,14 +43,14 @@ def test_fused_sorting_gives_the_same(name, dispatcher, state, tmp_path):
     for fuses in (False, True):
         moe = MoEConfig(moe_permute_fusion=fuses, moe_token_dispatcher_type=dispatcher)
         with mock.patch("mtrain.model.dispatch._can_stay", lambda *_args, **_kwargs: False):
-            (model,) = load_model(state, folder, dtype=torch.bfloat16, backend="te", moe=moe)
+            (model,) = load_model(state, folder, dtype=torch.float32, moe=moe)
         assert model.config.moe_permute_fusion is fuses
         losses, _ = model(**inputs)
         losses.sum().backward()
         grads = {key: weight.grad for key, weight in model.named_parameters()}
         results.append((losses.detach(), grads))
     (losses, grads), (fused, fused_grads) = results
-    torch.testing.assert_close(fused, losses, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(fused, losses, rtol=1e-4, atol=1e-5)
     for key, grad in grads.items():
         # Rows of experts are added up in another order.
-        assert (fused_grads[key] - grad).norm() <= 2e-2 * grad.norm(), key
+        assert (fused_grads[key] - grad).norm() <= 1e-3 * grad.norm(), key
