@@ -225,6 +225,16 @@ def hf_names(table: WeightTable) -> dict[str, tuple[str, ...]]:
     }
 
 
+def stored_names(table: WeightTable) -> dict[str, str]:
+    """Names in Megatron-LM's checkpoints of the parameters that have others in our chunks."""
+    ours, stored = (
+        plan_rank(table, layout=ParallelLayout(), rank=0, uses_stored_names=uses_stored_names)
+        for uses_stored_names in (False, True)
+    )
+    pairs = zip(ours, stored, strict=True)
+    return {one.name: other.name for one, other in pairs if one.name != other.name}
+
+
 def _files(model: ModelConfig) -> list[str]:
     """What is fetched of a model; without weights where these are in another folder."""
     return list(_SMALL_FILES) if model.mcore_model else ["*.safetensors", *_SMALL_FILES]

@@ -21,7 +21,7 @@ from mtrain.cli.batches import Batches
 from mtrain.cli.joining import join, training_dtype
 from mtrain.cli.launch import Placement
 from mtrain.cli.loading import find_backend, load_adapter, load_model, start_parallel
-from mtrain.cli.model_source import hf_names
+from mtrain.cli.model_source import hf_names, stored_names
 from mtrain.cli.notices import finished_notice, start_notice, stop_notice
 from mtrain.cli.preparation import Inputs, open_inputs
 from mtrain.cli.rank_checks import check_same_inputs
@@ -238,8 +238,13 @@ def _load(
     )
     clock.end_phase("weights")
     if adapter is None:
-        names = hf_names(source.table)
-        count = freeze_parameters(chunks, tuner=config.tuner, state=state, hf_names=names)
+        count = freeze_parameters(
+            chunks,
+            tuner=config.tuner,
+            state=state,
+            hf_names=hf_names(source.table),
+            stored_names=stored_names(source.table),
+        )
         if config.model.gradient_accumulation_fusion:
             fuse_weight_gradients(chunks)
         return chunks, f"{count:,} weights"

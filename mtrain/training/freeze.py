@@ -33,8 +33,14 @@ class _Named:
     """A parameter as every rank can talk about it."""
 
     name: str
+    stored_name: str
     hf_names: tuple[str, ...]
     num_weights: int
+
+    @property
+    def every_name(self) -> tuple[str, ...]:
+        """What it may be called."""
+        return (self.name, self.stored_name, *self.hf_names)
 
     @property
     def position(self) -> int:
@@ -63,6 +69,7 @@ def freeze_parameters(
     tuner: TunerConfig,
     state: ParallelState,
     hf_names: Mapping[str, tuple[str, ...]] | None = None,
+    stored_names: Mapping[str, str] | None = None,
 ) -> int:
     """Sets `requires_grad` of every parameter: first what is frozen, then what is trained anyway.
 
@@ -72,6 +79,8 @@ def freeze_parameters(
         state: This rank; every rank must call this.
         hf_names: Hugging Face names by Megatron name of the whole model; without it only
             Megatron names can be used. A fused parameter is frozen by the names of all its parts.
+        stored_names: Names of norms in Megatron-LM's checkpoints, where they belong to linears, by
+            Megatron name; they can be used as well.
 
     Returns:
         How many weights of the whole model are trained.
@@ -82,7 +91,10 @@ def freeze_parameters(
     """
     named = {
         parameter: _Named(
-            name, (hf_names or {}).get(name, ()), _num_weights(parameter, state.layout)
+            name,
+            (stored_names or {}).get(name, name),
+            (hf_names or {}).get(name, ()),
+            _num_weights(parameter, state.layout),
         )
         for chunk in chunks
         for name, parameter in global_parameter_names(chunk)
@@ -159,7 +171,7 @@ def _check_regex(flag: str, text: str) -> None:
 
 def _matched(parameters: Sequence[_Named], patterns: Sequence[_Pattern]) -> set[str]:
     for pattern in patterns:
-        names = (name for info in parameters for name in (info.name, *info.hf_names))
+        names = (name for info in parameters for name in info.every_name)
         if not any(pattern.matches(name) for name in names):
             raise ValueError(
                 f"--{pattern.flag} {pattern.text!r} matches no parameter; there are: "
@@ -169,7 +181,8 @@ def _matched(parameters: Sequence[_Named], patterns: Sequence[_Pattern]) -> set[
 
 
 def _matches(info: _Named, patterns: Sequence[_Pattern]) -> bool:
-    if any(pattern.matches(info.name) for pattern in patterns):
+    names = (info.name, info.stored_name)
+    if any(pattern.matches(name) for pattern in patterns for name in names):
         return True
     hits = [any(pattern.matches(name) for pattern in patterns) for name in info.hf_names]
     if any(hits) and not all(hits):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from mtrain.bridge.family import Llama3Rope
 from mtrain.bridge.storage.quantization import Fp8Blocks
 from mtrain.bridge.storage.stored_as import CANONICAL
-from mtrain.cli.model_source import hf_names, open_source, parallel_layout
+from mtrain.cli.model_source import hf_names, open_source, parallel_layout, stored_names
 from mtrain.config import ModelConfig, ParallelConfig
 from tests.bridge.storage.quantized import quantized_copy
 from tests.megatron import packed_inputs
@@ -85,6 +85,15 @@ def test_names_of_both_worlds_for_freezing(folder) -> None:
     )
     norm = ("model.layers.0.input_layernorm.weight",)
     assert names["decoder.layers.0.input_layernorm.weight"] == norm
+    layers = [f"decoder.layers.{layer}." for layer in range(4)]
+    assert stored_names(table) == {
+        f"{layer}{ours}": f"{layer}{theirs}"
+        for layer in layers
+        for ours, theirs in (
+            ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+            ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+        )
+    }
 
 
 def test_another_model_type_is_trained_and_saved_as_such(folder, tmp_path) -> None:

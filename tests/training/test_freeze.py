@@ -31,6 +31,13 @@ HF_NAMES = {
     ),
 }
 
+STORED_NAMES = {
+    f"decoder.layers.{layer}.input_layernorm.weight": (
+        f"decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight"
+    )
+    for layer in range(4)
+}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -44,7 +51,13 @@ def tied_folder(tmp_path_factory) -> Path:
 
 def trained(state: ParallelState, folder: Path, settings: dict) -> tuple[int, set[str]]:
     chunks = load_model(state, folder)
-    count = freeze_parameters(chunks, tuner=TunerConfig(**settings), state=state, hf_names=HF_NAMES)
+    count = freeze_parameters(
+        chunks,
+        tuner=TunerConfig(**settings),
+        state=state,
+        hf_names=HF_NAMES,
+        stored_names=STORED_NAMES,
+    )
     names = {
         name
         for chunk in chunks
@@ -84,9 +97,18 @@ def test_a_prefix_freezes_what_begins_with_it(folder):
         ONE, folder, freeze_parameters=("decoder.layers.3.self_attention.linear",)
     )
     assert frozen == {
+        # Megatron-LM's name of it begins so.
+        "decoder.layers.3.input_layernorm.weight",
         "decoder.layers.3.self_attention.linear_qkv.weight",
         "decoder.layers.3.self_attention.linear_proj.weight",
     }
+
+
+def test_norms_are_known_by_the_names_of_megatron_lm_too(folder):
+    frozen = trained_everywhere(PIPELINE, folder) - trained_everywhere(
+        PIPELINE, folder, freeze_parameters_regex="layer_norm_weight"
+    )
+    assert frozen == set(STORED_NAMES)
 
 
 def test_a_ratio_freezes_from_the_embedding_on(folder):
