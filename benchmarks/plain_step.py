@@ -1,4 +1,4 @@
-"""Times a plain megatron-core training step, the floor that `train_step.py` is compared with.
+"""Times a plain megatron-core training step, a floor that `train.py` is compared with.
 
     python benchmarks/plain_step.py --shape qwen3-0.6b
 
@@ -148,7 +148,7 @@ def make_step(model: DistributedDataParallel, batch: Fields) -> Callable[[], tor
 
 
 def time_steps(step: Callable[[], torch.Tensor], num_steps: int) -> tuple[list[float], float]:
-    """Milliseconds of every step and the last loss, without garbage collection as in `train_step`.
+    """Milliseconds of every step and the last loss, without garbage collection as in `megatron sft`.
 
     The ends of steps are events on the GPU, read after the last one, so nothing waits for them.
     """
