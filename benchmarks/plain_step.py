@@ -148,7 +148,7 @@ def make_step(model: DistributedDataParallel, batch: Fields) -> Callable[[], tor
 
 
 def time_steps(step: Callable[[], torch.Tensor], num_steps: int) -> tuple[list[float], float]:
-    """Milliseconds of every step and the last loss, without garbage collection as in `megatron sft`.
+    """Milliseconds of every step and the last loss, without garbage collection as in training.
 
     The ends of steps are events on the GPU, read after the last one, so nothing waits for them.
     """
