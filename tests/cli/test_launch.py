@@ -30,6 +30,9 @@ from mtrain.cli.launch import (
 from mtrain.platform.signals import EndedBySignal, end_on_signals
 from mtrain.platform.stop_request import StopRequest
 
+# In one piece: ranks write to the same pipe.
+say = lambda *words: os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+
 def prepare():
     # PREPARE
     return "key"
@@ -44,7 +47,7 @@ report = functools.partial(
     end_failed_rank, command="sft", rank=here.rank, failure_folder=here.failure_folder
 )
 sys.excepthook = lambda kind, error, trace: report(error)
-print(f"rank {here.rank} of {here.world_size} prepared={here.is_prepared}", flush=True)
+say(f"rank {here.rank} of {here.world_size} prepared={here.is_prepared}")
 """
 
 
@@ -203,7 +206,7 @@ def test_launched_ranks_know_their_place_and_the_exit_code_is_zero(tmp_path: Pat
 UNTIL_STARTED = "while len(list(Path().glob('started-*'))) < 2: time.sleep(0.02)"
 WAITING = """
 Path(f"started-{here.rank}").touch()
-print("got", wait_until_prepared(here).data_key, flush=True)
+say("got", wait_until_prepared(here).data_key)
 """
 
 
@@ -224,7 +227,7 @@ def test_a_mistake_in_the_data_ends_the_ranks(tmp_path: Path) -> None:
 
 
 def test_ranks_whose_launcher_is_gone_do_not_wait(tmp_path: Path) -> None:
-    prepare = f"{UNTIL_STARTED}\n    print('prepares', flush=True)\n    time.sleep(60)"
+    prepare = f"{UNTIL_STARTED}\n    say('prepares')\n    time.sleep(60)"
     with open_ranks(tmp_path, WAITING, prepare=prepare) as process:
         lines_until(process, "prepares", count=1)
         process.kill()
@@ -293,13 +296,13 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
 TRAINING = """
 folder = here.failure_folder
 with StopRequest(folder) as stop:
-    print("step", os.getpid(), flush=True)
+    say("step", os.getpid())
     while not stop.requested:
         time.sleep(0.05)
-    print("saving", flush=True)
+    say("saving")
     while not os.path.exists("may_end"):
         time.sleep(0.05)
-    print("saved", flush=True)
+    say("saved")
 sys.exit(rank_exit_code(here, 128 + stop.requested))
 """
 
@@ -373,7 +376,7 @@ def test_a_signal_before_training_ends_the_ranks(tmp_path: Path) -> None:
     body = """
 try:
     with end_on_signals():
-        print("start-up", flush=True)
+        say("start-up")
         while True:
             time.sleep(60)
 except EndedBySignal as error:
