@@ -1,4 +1,4 @@
-"""Causal attention over packed documents for the `torch` backend.
+"""Causal attention over packed documents: that of `torch`, and of `te` where heads have sinks.
 
 The one thing to know: the layout stays `[seq, batch, heads, head_dim]` also when documents are
 packed (`qkv_format == "sbhd"` with `cu_seqlens_q` set). Cosines and sines are picked for every
