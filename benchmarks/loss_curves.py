@@ -14,6 +14,7 @@ where the curves agree to about 1e-5.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -114,7 +115,9 @@ class Curves:
         self._options = options
         self._model, self._output = work / "model", work / "out"
         config = {**SHAPES[options.shape], **options.sizes}
-        in_own_process(make_model, self._model, config, options.tokenizer)
+        in_own_process(
+            functools.partial(write_checkpoint, tokenizer=options.tokenizer), self._model, config
+        )
         self._steps: list[Batches] = []
 
     def run(self, variant: str) -> Curve:
@@ -170,12 +173,6 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function where nothing is imported, patched or held on the GPU yet."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
-
-
-def make_model(folder: Path, config: dict[str, Any], tokenizer: Path) -> None:
-    """Writes a random checkpoint with a tokenizer."""
-    shutil.copytree(tokenizer, folder)
-    write_checkpoint(folder, config)
 
 
 def train_ours(words: list[str]) -> tuple[Curve, list[Batches]]:

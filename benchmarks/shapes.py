@@ -83,9 +83,20 @@ SHAPES: dict[str, dict[str, Any]] = {
 _PART_BYTES = 512 * 2**20
 
 
-def write_checkpoint(folder: Path, config: dict[str, Any], *, seed: int = 0) -> None:
-    """Writes config.json and random bfloat16 weights (standard deviation 0.02, norms one)."""
+def write_checkpoint(
+    folder: Path, config: dict[str, Any], *, tokenizer: Path | None = None, seed: int = 0
+) -> None:
+    """Writes config.json and random bfloat16 weights (standard deviation 0.02, norms one).
+
+    Args:
+        folder: Where to; may exist.
+        config: What config.json holds.
+        tokenizer: Folder with files to copy beside them.
+        seed: Of the weights.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for path in () if tokenizer is None else tokenizer.iterdir():
+        shutil.copyfile(path, folder / path.name)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
@@ -140,10 +151,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", type=Path, help="Folder with tokenizer files to copy.")
     arguments = parser.parse_args()
-    write_checkpoint(arguments.folder, SHAPES[arguments.shape])
-    if arguments.tokenizer is not None:
-        for path in arguments.tokenizer.iterdir():
-            shutil.copyfile(path, arguments.folder / path.name)
+    write_checkpoint(arguments.folder, SHAPES[arguments.shape], tokenizer=arguments.tokenizer)
 
 
 if __name__ == "__main__":

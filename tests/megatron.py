@@ -70,6 +70,22 @@ def form_of(folder: Path, table: WeightTable) -> StoredAs:
     return stored_as(arranged(open_checkpoint(folder), table), table, keeps_fp8=False)
 
 
+def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the model, with tensors on the GPU."""
+    return {
+        name: value.cuda() if torch.is_tensor(value) else value for name, value in inputs.items()
+    }
+
+
+def losses_and_gradients(
+    model: LanguageModel, inputs: dict[str, Any]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Losses of the tokens, and of their sum the gradients of all parameters."""
+    losses, _ = model(**inputs)
+    losses.sum().backward()
+    return losses.detach(), {key: weight.grad for key, weight in model.named_parameters()}
+
+
 def packed_inputs(lengths: list[int], vocab_size: int, *, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random documents of these lengths in one row, as arguments of the model."""
     generator = torch.Generator().manual_seed(seed)

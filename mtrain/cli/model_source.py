@@ -15,7 +15,7 @@ from mtrain.bridge.fingerprint import fingerprint
 from mtrain.bridge.hf_config import rotary_base
 from mtrain.bridge.ledger import check_checkpoint
 from mtrain.bridge.plan import plan_rank
-from mtrain.bridge.rules import WeightTable
+from mtrain.bridge.rules import WeightTable, filled, layers_of
 from mtrain.bridge.safetensors_folder import open_checkpoint
 from mtrain.bridge.sources import StoredWeights
 from mtrain.bridge.storage.quantization import fp8_blocks
@@ -227,12 +227,12 @@ def hf_names(table: WeightTable) -> dict[str, tuple[str, ...]]:
 
 def stored_names(table: WeightTable) -> dict[str, str]:
     """Names in Megatron-LM's checkpoints of the parameters that have others in our chunks."""
-    ours, stored = (
-        plan_rank(table, layout=ParallelLayout(), rank=0, uses_stored_names=uses_stored_names)
-        for uses_stored_names in (False, True)
-    )
-    pairs = zip(ours, stored, strict=True)
-    return {one.name: other.name for one, other in pairs if one.name != other.name}
+    return {
+        filled(rule.plain, layer=layer): filled(rule.megatron, layer=layer)
+        for rule in table.rules
+        if rule.plain is not None
+        for layer in layers_of(rule)
+    }
 
 
 def _files(model: ModelConfig) -> list[str]:

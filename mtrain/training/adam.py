@@ -96,17 +96,20 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def write(self, parameter: torch.Tensor, kind: str, values: torch.Tensor) -> None:
-        """Sets it, rounded to what it is kept in; `values` may be what `read` returned."""
+        """Sets it, rounded to what it is kept in.
+
+        Nothing is left to do for what `read` returned, was not a copy, and was filled in place.
+        """
         state = self._initialize(parameter)
         values = values.view_as(parameter)
-        if kind in state:
-            state[kind].copy_(values)
-        if kind != MAIN:
-            return
-        if _REMAINDER in state:
+        targets = [state[kind]] if kind in state else []
+        if kind == MAIN and _REMAINDER in state:
             split_halves(values, upper=parameter, lower=state[_REMAINDER])
-        else:
-            parameter.copy_(values)
+        elif kind == MAIN:
+            targets.append(parameter)
+        for target in targets:
+            if target.data_ptr() != values.data_ptr():
+                target.copy_(values)
 
     @staticmethod
     def _gradient(parameter: torch.Tensor) -> torch.Tensor | None:
@@ -183,11 +186,7 @@ class AdamW(torch.optim.Optimizer):
         )
         for kind, values in remembered.items():
             for parameter, value in zip(parameters, values, strict=True):
-                if value.data_ptr() != self._kept(parameter, kind).data_ptr():
-                    self.write(parameter, kind, value)
-
-    def _kept(self, parameter: torch.Tensor, kind: str) -> torch.Tensor:
-        return parameter if kind == MAIN else self.state[parameter][kind]
+                self.write(parameter, kind, value)
 
 
 def join_halves(upper: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:

@@ -238,8 +238,9 @@ def _update(optimizer: ChainedOptimizer, grad_norm: torch.Tensor) -> None:
     for part in optimizer.chained_optimizers:
         limit, inner = part.config.clip_grad, part.optimizer
         if isinstance(inner, AdamW):
-            factor = (limit / (grad_norm + _SMALLEST_NORM)).clamp(max=1.0)
-            inner.gradient_factor = factor if limit > 0 else None
+            inner.gradient_factor = None
+            if limit > 0:
+                inner.gradient_factor = (limit / (grad_norm + _SMALLEST_NORM)).clamp(max=1.0)
         elif limit > 0:
             clip_grads_with_norm_(part.get_parameters(), limit, grad_norm)
     optimizer.step_with_ready_grads()

@@ -14,7 +14,7 @@ from mtrain.parallel import (
 )
 from mtrain.platform.device import has_transformer_engine
 from tests.adapters import attached, peft_model, plan_of, random_factors
-from tests.megatron import SINGLE, load_model, packed_inputs
+from tests.megatron import SINGLE, load_model, on_gpu, packed_inputs
 from tests.tiny import MOE, make_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -33,12 +33,6 @@ def state():
     yield initialize_parallel(SINGLE, initialize_world())
     destroy_parallel()
     destroy_world()
-
-
-def on_gpu(inputs):
-    return {
-        name: value.cuda() if torch.is_tensor(value) else value for name, value in inputs.items()
-    }
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

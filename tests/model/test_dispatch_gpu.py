@@ -14,7 +14,7 @@ from mtrain.parallel import (
     initialize_world,
 )
 from mtrain.platform.device import has_transformer_engine
-from tests.megatron import load_model, packed_inputs
+from tests.megatron import load_model, losses_and_gradients, on_gpu, packed_inputs
 from tests.tiny import make_checkpoint
 
 pytestmark = pytest.mark.skipif(not has_transformer_engine(), reason="needs Transformer Engine")
@@ -35,20 +35,14 @@ def test_fused_sorting_gives_the_same(name, dispatcher, state, tmp_path):
     In float32: after rounding to bfloat16 routers may choose otherwise.
     """
     folder = make_checkpoint(tmp_path, name, hidden_size=128, moe_intermediate_size=64)
-    inputs = {
-        key: value.cuda() if torch.is_tensor(value) else value
-        for key, value in packed_inputs([40, 7, 64, 17], 131).items()
-    }
+    inputs = on_gpu(packed_inputs([40, 7, 64, 17], 131))
     results = []
     for fuses in (False, True):
         moe = MoEConfig(moe_permute_fusion=fuses, moe_token_dispatcher_type=dispatcher)
         with mock.patch("mtrain.model.dispatch._can_stay", lambda *_args, **_kwargs: False):
             (model,) = load_model(state, folder, dtype=torch.float32, moe=moe)
         assert model.config.moe_permute_fusion is fuses
-        losses, _ = model(**inputs)
-        losses.sum().backward()
-        grads = {key: weight.grad for key, weight in model.named_parameters()}
-        results.append((losses.detach(), grads))
+        results.append(losses_and_gradients(model, inputs))
     (losses, grads), (fused, fused_grads) = results
     torch.testing.assert_close(fused, losses, rtol=1e-4, atol=1e-5)
     for key, grad in grads.items():

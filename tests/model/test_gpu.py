@@ -14,7 +14,7 @@ from mtrain.parallel import (
     initialize_world,
 )
 from mtrain.platform.device import has_transformer_engine
-from tests.megatron import load_model, packed_inputs
+from tests.megatron import load_model, losses_and_gradients, on_gpu, packed_inputs
 from tests.tiny import MOE, TINY, make_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -29,12 +29,6 @@ def state():
     yield initialize_parallel(ParallelLayout(), initialize_world())
     destroy_parallel()
     destroy_world()
-
-
-def on_gpu(inputs):
-    return {
-        name: value.cuda() if torch.is_tensor(value) else value for name, value in inputs.items()
-    }
 
 
 @pytest.mark.shows("load", "backend")
@@ -86,10 +80,7 @@ def test_shared_experts_in_a_second_stream_give_the_same(name, state, tmp_path):
         moe = MoEConfig(moe_shared_expert_overlap=overlaps)
         (model,) = load_model(state, folder, dtype=torch.bfloat16, backend="te", moe=moe)
         assert model.config.moe_shared_expert_overlap is overlaps
-        losses, _ = model(**inputs)
-        losses.sum().backward()
-        grads = {key: weight.grad for key, weight in model.named_parameters()}
-        results.append((losses.detach(), grads))
+        results.append(losses_and_gradients(model, inputs))
     (losses, grads), (overlapped, other_grads) = results
     assert any(".shared_experts." in key for key in grads)
     torch.testing.assert_close(overlapped, losses, rtol=1e-3, atol=1e-3)
