@@ -26,6 +26,7 @@ from mtrain.config import ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
 from mtrain.model.activation import activation_function
 from mtrain.model.backends import block_spec, next_tokens_spec, spec_provider
 from mtrain.model.gpt import LanguageModel
+from mtrain.model.linear import ColumnLinear, RowLinear
 from mtrain.parallel import ParallelLayout, ParallelState
 from mtrain.platform.device import has_gpu, has_transformer_engine
 
@@ -293,9 +294,13 @@ def fuse_weight_gradients(chunks: list[LanguageModel]) -> None:
     """Lets linears add weight gradients to the main gradient themselves.
 
     Saves writing and reading every weight gradient once more. Call it for chunks that will be
-    wrapped for data-parallel training, which allocates the main gradients.
+    wrapped for data-parallel training, which allocates the main gradients. Weights whose first
+    gradient of a step need not be added to zeros get the mark `can_overwrite_main_grad`: those that
+    only linears of ours read, without Megatron-Core's functions for several ranks.
     """
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, ColumnParallelLinear | RowParallelLinear):
                 module.gradient_accumulation_fusion = True
+            if isinstance(module, ColumnLinear | RowLinear) and module.tp_group.size() == 1:
+                module.weight.can_overwrite_main_grad = True

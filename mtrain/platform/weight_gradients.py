@@ -12,18 +12,31 @@ import torch
 __all__ = ["add_product", "add_to_main_grad", "install_weight_gradients"]
 
 
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Adds `left @ right` to a total without rounding the product to the dtype of its factors."""
+def add_product(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, overwrites: bool = False
+) -> None:
+    """Adds `left @ right` to a total without rounding the product to the dtype of its factors.
+
+    Args:
+        total: [rows, columns], written to.
+        left: [rows, inner].
+        right: [inner, columns].
+        overwrites: Whether to ignore what is in the total, even NaN.
+    """
+    beta = 0 if overwrites else 1
     if total.is_cuda and total.dtype == torch.float32 and left.dtype != total.dtype:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, out=total)
     else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), beta=beta)
 
 
 def add_to_main_grad(
     weight: torch.Tensor, output_grad: torch.Tensor, input_: torch.Tensor
 ) -> torch.Tensor:
     """Adds the gradient of a linear's weight to `weight.main_grad`.
+
+    The first of a step is written over what the step before left, where
+    `mtrain.training.data_parallel` asks for it.
 
     Args:
         weight: [out, in].
@@ -34,7 +47,9 @@ def add_to_main_grad(
         What a function's backward pass returns for the weight. Nobody reads it: see
         `mtrain.model.head` on why there is one.
     """
-    add_product(weight.main_grad, output_grad.t(), input_)
+    overwrites = getattr(weight, "overwrites_main_grad", False)
+    add_product(weight.main_grad, output_grad.t(), input_, overwrites=overwrites)
+    weight.overwrites_main_grad = False
     weight.grad_added_to_main_grad = True
     return torch.empty_like(weight)
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core import parallel_state
 from megatron.core.distributed import (
-    DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
@@ -20,8 +19,10 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from mtrain.config.parallel import ParallelConfig, resolve_overlaps
+from mtrain.training.data_parallel import DataParallel
 
 if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
@@ -35,7 +36,7 @@ def wrap_chunks(
     *,
     parallel: ParallelConfig,
     grad_reduce_in_fp32: bool,
-) -> list[DistributedDataParallel]:
+) -> list[DataParallel]:
     """Wraps loaded chunks; their parameters move into contiguous buffers.
 
     Args:
@@ -60,7 +61,7 @@ def wrap_chunks(
     )
     is_half = config.bf16 or config.fp16
     wrapped = [
-        DistributedDataParallel(
+        DataParallel(
             config=config,
             ddp_config=ddp_config,
             module=_in_half_precision(config, chunk) if is_half else chunk,
@@ -121,7 +122,7 @@ def _wait_where_parameters_are_read(chunk: DistributedDataParallel) -> None:
 
 
 def _connect_schedule(
-    chunks: list[DistributedDataParallel], ddp_config: DistributedDataParallelConfig
+    chunks: list[DataParallel], ddp_config: DistributedDataParallelConfig
 ) -> None:
     """Tells the pipeline schedule how gradients and parameters are synchronised.
 
