@@ -2,8 +2,9 @@
 
     python benchmarks/kernel_times.py --steps 18 19 --output times.json -- --model DIR ...
 
-Time by class of kernel, how long the GPU worked at all, and every place of our code where the host
-waited for the GPU. Profiled steps are slower on the host: read speed off other steps.
+Time by class of kernel, how long the GPU worked at all, where it paused longest, and every place of
+our code where the host waited for the GPU. Profiled steps are slower on the host: read speed off
+other steps.
 """
 
 import argparse
@@ -36,6 +37,7 @@ _CLASSES = {
     "compiled": r"triton",
 }
 _NUM_KERNELS = 25
+_NUM_PAUSES = 12
 
 
 def kernel_class(name: str) -> str:
@@ -53,6 +55,18 @@ def busy_time(intervals: Iterable[tuple[float, float]]) -> float:
         total += max(0.0, end - max(begin, last))
         last = max(last, end)
     return total
+
+
+def pauses(kernels: Iterable[tuple[float, float, str]], count: int) -> list[tuple[float, str, str]]:
+    """The longest pauses between (begin, end, name), with the names before and behind each."""
+    found = []
+    last, before = float("inf"), ""
+    for begin, end, name in sorted(kernels):
+        if begin > last:
+            found.append((begin - last, before, name))
+        if before == "" or end > last:
+            last, before = end, name
+    return sorted(found, reverse=True)[:count]
 
 
 class StepProfiler:
@@ -117,12 +131,19 @@ class StepProfiler:
             by_name[event.name][0] += 1
             by_name[event.name][1] += milliseconds
         busy = busy_time((event.time_range.start, event.time_range.end) for event in kernels)
+        longest = pauses(
+            ((e.time_range.start, e.time_range.end, e.name) for e in kernels), _NUM_PAUSES
+        )
         slowest = sorted(by_name.items(), key=lambda item: -item[1][1])[:_NUM_KERNELS]
         return {
             "milliseconds_per_step": 1000 * seconds / num_steps,
             "busy_milliseconds_per_step": busy / 1000 / num_steps,
             "kernels_per_step": len(kernels) / num_steps,
             "by_class": {name: ms / num_steps for name, ms in by_class.most_common()},
+            "pauses": [
+                {"milliseconds": us / 1000, "before": before[:80], "behind": behind[:80]}
+                for us, before, behind in longest
+            ],
             "waits": dict(self._waits.most_common()),
             "slowest": [
                 {"name": name[:160], "calls": calls / num_steps, "milliseconds": ms / num_steps}
@@ -141,6 +162,11 @@ def show(results: dict[str, Any]) -> str:
     lines += [
         f"{kernel['milliseconds']:9.2f} ms {kernel['calls']:7.0f} x  {kernel['name'][:110]}"
         for kernel in results["slowest"]
+    ]
+    lines += [
+        f"{pause['milliseconds']:9.2f} ms the GPU waits, between {pause['before'][:50]} "
+        f"and {pause['behind'][:50]}"
+        for pause in results["pauses"]
     ]
     lines += [f"the host waits {count} x in {place}" for place, count in results["waits"].items()]
     return "\n".join(lines)

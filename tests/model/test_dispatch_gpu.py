@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from mtrain.config import MoEConfig
 from mtrain.parallel import (
@@ -48,3 +49,40 @@ def test_fused_sorting_gives_the_same(name, dispatcher, state, tmp_path):
     for key, grad in grads.items():
         # Rows of experts are added up in another order.
         assert (fused_grads[key] - grad).norm() <= 1e-3 * grad.norm(), key
+
+
+def expert_layer_results(state, folder, moe: MoEConfig, dtype: torch.dtype) -> tuple:
+    """Output of one layer with experts and the gradient of its input, in float32."""
+    with mock.patch("mtrain.model.dispatch._can_stay", lambda *_args, **_kwargs: False):
+        (model,) = load_model(state, folder, dtype=dtype, moe=moe)
+    layer = next(m for m in model.modules() if isinstance(m, MoELayer))
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (512, 1, model.config.hidden_size)
+    tokens, grad = (
+        torch.randn(shape, generator=generator, device="cuda").bfloat16().to(dtype)
+        for _ in range(2)
+    )
+    tokens.requires_grad_()
+    output, _ = layer(tokens)
+    output.backward(grad)
+    return output.detach().float(), tokens.grad.float()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3_groups"])
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_fused_sorting_rounds_no_worse_in_half_precision(name, dispatcher, state, tmp_path):
+    """One layer, whose router sees the same numbers in float32, which is the judge."""
+    folder = make_checkpoint(tmp_path, name, hidden_size=128, moe_intermediate_size=64)
+    options = {"moe_token_dispatcher_type": dispatcher, "moe_router_dtype": "fp32"}
+    judge, half, fused = (
+        expert_layer_results(state, folder, MoEConfig(moe_permute_fusion=fuses, **options), dtype)
+        for fuses, dtype in (
+            (False, torch.float32),
+            (False, torch.bfloat16),
+            (True, torch.bfloat16),
+        )
+    )
+    for exact, rounded, ours in zip(judge, half, fused, strict=True):
+        allowed = (rounded - exact).norm()
+        assert allowed <= 0.02 * exact.norm()
+        assert (ours - exact).norm() <= 1.05 * allowed

@@ -1,9 +1,11 @@
 """Megatron-Core's own GPT model and its own torch_dist functions, as judges of ours."""
 
 import multiprocessing
+import queue
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -85,4 +87,7 @@ def load_with_megatron(model, folder):
 def save_with_megatron(model, folder):
     """Saves a model with Megatron-Core's own writer, which starts processes."""
     multiprocessing.current_process()._config["daemon"] = False
+    # It would start a process that imports torch and outlives this one, to pass results on to
+    # itself.
+    filesystem_async._results_queue = queue.SimpleQueue()
     dist_checkpointing.save(model.sharded_state_dict(prefix=""), str(folder))
