@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from mtrain.model.documents import PackedDocuments
 from mtrain.model.flash import FlashArguments, flash_attention
 from mtrain.model.norm import RMSNorm
 from mtrain.model.rope import rotate
@@ -117,11 +118,11 @@ class RotarySelfAttention(SelfAttention):
         if config.no_rope_freq and config.no_rope_freq[self.layer_number - 1]:
             return None
         if isinstance(rotary, tuple) or (rotary is not None and rotary.dim() == 6):
-            return rotary[1 if _window(config, self.layer_number) is not None else 0]
+            return rotary[1 if attention_window(config, self.layer_number) is not None else 0]
         return rotary
 
 
-def _window(config: TransformerConfig, layer_number: int) -> int | None:
+def attention_window(config: TransformerConfig, layer_number: int) -> int | None:
     """Tokens before itself that a token of this layer sees; None for all of them."""
     if not is_layer_window_attention(
         config.window_size, config.window_attn_skip_freq, layer_number
@@ -135,8 +136,9 @@ def _window(config: TransformerConfig, layer_number: int) -> int | None:
 class PackedAttention(MegatronModule):
     """Grouped-query attention in which documents of a pack never see each other.
 
-    On CUDA in half precision it is torch's variable-length flash attention; elsewhere
-    `scaled_dot_product_attention`, one document after the other. With learnable sinks
+    On CUDA in half precision it is a kernel of ours for packs of short documents, torch's
+    variable-length flash attention for others; elsewhere `scaled_dot_product_attention`, one
+    document after the other. With learnable sinks
     (`softmax_type` "learnable") every head has one more score, the parameter `softmax_offset`
     [heads on this rank], which takes its share of the softmax and gives nothing.
 
@@ -174,7 +176,7 @@ class PackedAttention(MegatronModule):
         head_dim = k_channels or config.kv_channels
         assert (v_channels or head_dim) <= head_dim
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(head_dim)
-        self.window = _window(config, layer_number)
+        self.window = attention_window(config, layer_number)
         self.register_parameter("softmax_offset", None)
         if config.softmax_type == "learnable":
             num_heads = config.num_attention_heads // config.tensor_model_parallel_size
@@ -267,7 +269,10 @@ class PackedAttention(MegatronModule):
             ends, longest = packed.cu_seqlens_q, packed.max_seqlen_q
         arguments = FlashArguments(scale=self.softmax_scale, window=self.window, longest=longest)
         tokens = [tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value)]
-        output = flash_attention(*tokens, ends, self.softmax_offset, arguments)
+        kernels = None
+        if isinstance(packed, PackedDocuments):
+            kernels = packed.kernels(*tokens, arguments)
+        output = flash_attention(*tokens, ends, self.softmax_offset, arguments, kernels=kernels)
         return output.unflatten(0, (batch, -1)).transpose(0, 1)
 
 

@@ -7,7 +7,6 @@ parameters have the same names.
 
 from functools import partial
 
-from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -86,7 +85,10 @@ class TransformerEngineProvider(TorchProvider):
 
     def core_attention(self) -> type:
         """Attention between queries, keys and values."""
-        return TEDotProductAttention
+        # Without Transformer Engine there is nothing to inherit from.
+        from mtrain.model.te_attention import TransformerEngineAttention
+
+        return TransformerEngineAttention
 
 
 def choose_backend(transformer_impl: str) -> str:

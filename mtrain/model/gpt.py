@@ -13,6 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
 from mtrain.bridge.family import GPTArguments
+from mtrain.model.documents import PackedDocuments, pack_documents
 from mtrain.model.head import LossTargets, OutputLayer
 from mtrain.model.loss import vocab_parallel_loss
 from mtrain.model.next_tokens import next_labels, note_loss
@@ -99,24 +100,23 @@ class LanguageModel(GPTModel):
             attention_mask,
             # Megatron-Core hands them to `_postprocess` unseen.
             labels=self._targets(labels, label_positions, loss_gradient),
-            packed_seq_params=self._packed(cu_seqlens, max_seqlen),
+            packed_seq_params=self._packed(cu_seqlens, max_seqlen, input_ids.numel()),
             padding_mask=padding_mask,
         )
 
     def _packed(
-        self, cu_seqlens: torch.Tensor | None, max_seqlen: int | None
-    ) -> PackedSeqParams | None:
+        self, cu_seqlens: torch.Tensor | None, max_seqlen: int | None, num_tokens: int
+    ) -> PackedDocuments | None:
         """Document boundaries as layers take them."""
         if cu_seqlens is None:
             return None
         self._longest_document = max_seqlen
-        longest = _power_of_two_above(max_seqlen)
-        return PackedSeqParams(
-            qkv_format=self.packed_format,
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+        return pack_documents(
+            cu_seqlens,
+            longest=max_seqlen,
+            num_tokens=num_tokens,
+            packed_format=self.packed_format,
+            config=self.config,
         )
 
     def _targets(
@@ -271,8 +271,3 @@ def _one_token_on(targets: LossTargets, position_ids: torch.Tensor) -> LossTarge
         positions = (positions - 1) % targets.labels.numel()
     labels = next_labels(targets.labels, position_ids)
     return dataclasses.replace(targets, labels=labels, label_positions=positions)
-
-
-def _power_of_two_above(length: int) -> int:
-    """A bound that few packs differ in: attention kernels are planned anew for every other one."""
-    return 1 << max(0, length - 1).bit_length()
