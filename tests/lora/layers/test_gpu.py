@@ -94,6 +94,16 @@ def test_with_a_b_of_zero_the_bits_are_those_of_the_linear():
         assert torch.equal(output, F.linear(tokens, weight)), out_size
 
 
+@pytest.mark.parametrize("num_projections", [1, 2])
+def test_with_a_b_of_zero_the_bits_are_those_of_the_experts(num_projections):
+    tokens, weight, lora_a, lora_b = tensors(num_projections, 4)
+    ends = torch.tensor([300, 300, 1000, TOKENS], device="cuda", dtype=torch.int32)
+    factors = (lora_a, torch.zeros_like(lora_b))
+    scales = scales_of(num_projections)
+    output = frozen_grouped_linear(tokens, ends, weight, *factors, scales=scales, dropped=None)
+    assert torch.equal(output, F.grouped_mm(tokens, weight.transpose(1, 2), offs=ends))
+
+
 @pytest.mark.parametrize("num_projections", [1, 3])
 def test_dropout_draws_what_torch_draws(num_projections):
     tokens, *_ = tensors(num_projections)
@@ -125,6 +135,20 @@ def test_nothing_is_copied_and_nothing_added_by_a_kernel_of_its_own():
     assert names
     elsewhere = [name for name in names if "Memcpy" in name or "elementwise" in name]
     assert not elsewhere
+
+
+def test_nothing_is_added_to_experts_by_a_kernel_of_its_own():
+    tokens, weight, *factors = tensors(1, 4)
+    ends = torch.tensor([300, 300, 1000, TOKENS], device="cuda", dtype=torch.int32)
+    grad = torch.randn(TOKENS, OUT, device="cuda").bfloat16()
+
+    def step():
+        output = frozen_grouped_linear(tokens, ends, weight, *factors, scales=1.0, dropped=None)
+        torch.autograd.grad(output, (tokens, *factors), grad)
+
+    names = kernels(step)
+    assert names
+    assert not [name for name in names if "Functor_add" in name]
 
 
 def test_adding_up_in_place_copies_nothing():
