@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
@@ -26,6 +27,7 @@ from megatron.core.tensor_parallel import (
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mtrain.model.loss import (
+    IGNORED,
     LocalLabels,
     SoftmaxStatistics,
     local_labels,
@@ -39,7 +41,8 @@ __all__ = ["LossTargets", "OutputLayer", "linear_cross_entropy"]
 
 # Bytes of logits that exist at a time; their gradient is as large.
 CHUNK_BYTES = 256 * 2**20
-# Products of these many rows fill a GPU evenly.
+# Products of these many rows fill a GPU evenly, and there are few sizes: for a new one cuBLAS may
+# have to load a kernel, which takes 4 ms.
 _ROW_MULTIPLE = 128
 _TOLERANCE = 1e-5
 
@@ -100,7 +103,8 @@ class OutputLayer(ColumnParallelLinear):
             input_ = gather_from_sequence_parallel_region(
                 input_, tensor_parallel_output_grad=True, group=self.tp_group
             )
-        rows, labels = _labelled_rows(input_, targets)
+        positions = _positions(targets, multiple=_row_multiple(input_.device))
+        rows, labels = _labelled_rows(input_, targets, positions)
         if self.allreduce_dgrad:
             rows = copy_to_tensor_model_parallel_region(rows, group=self.tp_group)
         losses, correct = linear_cross_entropy(
@@ -112,25 +116,40 @@ class OutputLayer(ColumnParallelLinear):
             loss_gradient=targets.loss_gradient,
             has_other_gradient=targets.has_other_gradient,
         )
-        if targets.label_positions is None:
-            return losses.view_as(targets.labels), correct.view_as(targets.labels)
-        return tuple(
-            values.new_zeros(targets.labels.numel())
-            .index_copy(0, targets.label_positions, values)
-            .view_as(targets.labels)
-            for values in (losses, correct)
-        )
+        if positions is not None:
+            # Added, because some positions may be there twice, the second time with a loss of zero.
+            nothing = losses.new_zeros(targets.labels.numel())
+            losses = nothing.index_add(0, positions, losses)
+            correct = nothing.index_add(0, positions, correct.to(nothing.dtype)) > 0
+        return losses.view_as(targets.labels), correct.view_as(targets.labels)
 
 
-def _labelled_rows(hidden: torch.Tensor, targets: LossTargets) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states [num_labels, hidden] and labels [num_labels] of the positions with a label."""
+def _row_multiple(device: torch.device) -> int:
+    return _ROW_MULTIPLE if device.type == "cuda" else 1
+
+
+def _positions(targets: LossTargets, *, multiple: int) -> torch.Tensor | None:
+    """The positions that go through the head, filled up to a multiple with the first one."""
+    positions = targets.label_positions
+    if positions is None:
+        return None
+    missing = -len(positions) % multiple
+    return F.pad(positions, (0, missing)) if missing else positions
+
+
+def _labelled_rows(
+    hidden: torch.Tensor, targets: LossTargets, positions: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states [rows, hidden] and labels [rows]; none behind `label_positions`."""
     seq, batch, hidden_size = hidden.shape
-    labels, positions = targets.labels.reshape(-1), targets.label_positions
+    labels = targets.labels.reshape(-1)
     if positions is None:
         return hidden.transpose(0, 1).reshape(batch * seq, hidden_size), labels
     # Labels lie row by row, hidden states position by position.
     rows = positions if batch == 1 else positions % seq * batch + positions // seq
-    return hidden.reshape(seq * batch, hidden_size).index_select(0, rows), labels[positions]
+    labels = labels[positions]
+    labels[len(targets.label_positions) :] = IGNORED
+    return hidden.reshape(seq * batch, hidden_size).index_select(0, rows), labels
 
 
 def linear_cross_entropy(

@@ -9,12 +9,18 @@ of a group.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.adamw import adamw
 
 from mtrain.platform.device import has_triton
+
+if TYPE_CHECKING:
+    from mtrain.training.adam_kernel import Table, Update
+
+    # Groups with the parameters to update, and where they are if kernels do it.
+    _Work = list[tuple[dict[str, Any], list[torch.Tensor], list[tuple[Table, Update]]]]
 
 __all__ = ["MAIN", "AdamW", "join_halves", "split_halves"]
 
@@ -55,7 +61,8 @@ class AdamW(torch.optim.Optimizer):
         self.eps = eps
         self.gradient_factor: torch.Tensor | None = None
         self._dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype}
-        self._tables: dict[Any, Any] = {}
+        self._tables: dict[Any, Table] = {}
+        self._work: _Work | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Takes a group as it is; torch refuses views, as those of shared-out parameters are."""
@@ -63,21 +70,37 @@ class AdamW(torch.optim.Optimizer):
             param_group.setdefault(name, default)
         self.param_groups.append(param_group)
 
+    def locate(self) -> None:
+        """Looks up where everything is, which the next `step` then need not do.
+
+        For a hundred parameters that takes a slow host milliseconds; call it while the device is
+        busy with gradients.
+        """
+        self._work = self._find_work()
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Updates every parameter that has a gradient."""
         assert closure is None
-        for number, group in enumerate(self.param_groups):
+        work = self._find_work() if self._work is None else self._work
+        self._work = None
+        for group, parameters, tables in work:
             group["step"] += 1
+            if tables:
+                self._update_in_kernels(group, tables)
+            elif parameters:
+                self._update_in_torch(group, parameters)
+
+    def _find_work(self) -> _Work:
+        work = []
+        for number, group in enumerate(self.param_groups):
             updated = [one for one in group["params"] if self._gradient(one) is not None]
             for parameter in updated:
                 self._initialize(parameter)
-            if not updated:
-                continue
-            if updated[0].is_cuda and has_triton():
-                self._update_in_kernels(number, group, updated)
-            else:
-                self._update_in_torch(group, updated)
+            uses_kernels = bool(updated) and updated[0].is_cuda and has_triton()
+            tables = self._find_tables(number, updated) if uses_kernels else []
+            work.append((group, updated, tables))
+        return work
 
     def read(self, parameter: torch.Tensor, kind: str) -> torch.Tensor:
         """What is remembered of a parameter: float32 [elements], a copy if it is kept otherwise.
@@ -127,12 +150,13 @@ class AdamW(torch.optim.Optimizer):
                 state[MAIN] = parameter.detach().float()
         return state
 
-    def _update_in_kernels(
-        self, number: int, group: dict[str, Any], parameters: list[torch.Tensor]
-    ) -> None:
+    def _find_tables(
+        self, number: int, parameters: list[torch.Tensor]
+    ) -> list[tuple[Table, Update]]:
+        """A table for each combination of dtypes, and one parameter of each."""
         from mtrain.training import adam_kernel
 
-        kinds: dict[tuple[torch.dtype, torch.dtype], list[adam_kernel.Update]] = {}
+        kinds: dict[tuple[torch.dtype, torch.dtype], list[Update]] = {}
         for parameter in parameters:
             state, gradient = self.state[parameter], self._gradient(parameter)
             update = adam_kernel.Update(
@@ -144,12 +168,20 @@ class AdamW(torch.optim.Optimizer):
                 exp_avg_sq=state["exp_avg_sq"],
             )
             kinds.setdefault((parameter.dtype, gradient.dtype), []).append(update)
+        found = []
         for kind, updates in kinds.items():
             key = (number, kind)
             self._tables[key] = table = adam_kernel.make_table(updates, self._tables.get(key))
+            found.append((table, updates[0]))
+        return found
+
+    def _update_in_kernels(self, group: dict[str, Any], tables: list[tuple[Table, Update]]) -> None:
+        from mtrain.training import adam_kernel
+
+        for table, like in tables:
             adam_kernel.update(
                 table,
-                updates[0],
+                like,
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
                 betas=self.betas,

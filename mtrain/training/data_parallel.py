@@ -35,7 +35,7 @@ class DataParallel(DistributedDataParallel):
         self._overwritten = [p for p in self.params_with_grad if _can_overwrite(p)]
         for parameter in self._overwritten:
             parameter.overwrites_main_grad = False
-        self._zeroed = list(self._parts_to_zero())
+        self._zeroed = [part for part in self._parts_to_zero() if part.numel() > 0]
 
     def _parts_to_zero(self) -> Iterator[torch.Tensor]:
         """What lies in the buffers between main gradients that are overwritten."""
@@ -54,7 +54,9 @@ class DataParallel(DistributedDataParallel):
             parameter.grad_added_to_main_grad = False
         for parameter in self._overwritten:
             parameter.overwrites_main_grad = True
-        torch._foreach_zero_(self._zeroed)
+        # A stage may have nothing to train.
+        if self._zeroed:
+            torch._foreach_zero_(self._zeroed)
         for group in self.bucket_groups + self.expert_parallel_bucket_groups:
             group.reset()
 

@@ -92,6 +92,7 @@ def train_step(
     learning_rate = scheduler.get_lr({})
     overflowed = optimizer.prepare_grads()
     norm = _grad_norm(optimizer, state.device)
+    _prepare_update(optimizer, norm)
     grad_norm = math.nan if overflowed else norm.item()
     if not math.isfinite(grad_norm):
         can_skip = overflowed and float(optimizer.get_loss_scale()) > _LOWEST_LOSS_SCALE
@@ -233,16 +234,23 @@ def _grad_norm(optimizer: ChainedOptimizer, device: torch.device) -> torch.Tenso
     return squares.sqrt()
 
 
-def _update(optimizer: ChainedOptimizer, grad_norm: torch.Tensor) -> None:
-    """Clips gradients and steps; `ChainedOptimizer.step` would not let us look in between."""
+def _prepare_update(optimizer: ChainedOptimizer, grad_norm: torch.Tensor) -> None:
+    """What the host can do for the update before it waits for the gradient norm."""
     for part in optimizer.chained_optimizers:
         limit, inner = part.config.clip_grad, part.optimizer
         if isinstance(inner, AdamW):
             inner.gradient_factor = None
             if limit > 0:
                 inner.gradient_factor = (limit / (grad_norm + _SMALLEST_NORM)).clamp(max=1.0)
-        elif limit > 0:
-            clip_grads_with_norm_(part.get_parameters(), limit, grad_norm)
+            inner.locate()
+
+
+def _update(optimizer: ChainedOptimizer, grad_norm: torch.Tensor) -> None:
+    """Clips gradients and steps; `ChainedOptimizer.step` would not let us look in between."""
+    for part in optimizer.chained_optimizers:
+        # `AdamW` clips while it reads them.
+        if part.config.clip_grad > 0 and not isinstance(part.optimizer, AdamW):
+            clip_grads_with_norm_(part.get_parameters(), part.config.clip_grad, grad_norm)
     optimizer.step_with_ready_grads()
 
 

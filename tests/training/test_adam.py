@@ -15,7 +15,16 @@ def optimizer_of(parameters, **options):
     return AdamW([group], betas=BETAS, eps=EPS, **options)
 
 
-def trained(dtype, *, device="cpu", steps=3, factor=None, gradient_dtype=torch.float32, **options):
+def trained(
+    dtype,
+    *,
+    device="cpu",
+    steps=3,
+    factor=None,
+    gradient_dtype=torch.float32,
+    locates=False,
+    **options,
+):
     """Parameters and optimizer after some steps from the same start with the same gradients."""
     generator = torch.Generator().manual_seed(0)
     starts = [torch.randn(shape, generator=generator).bfloat16() for shape in SHAPES]
@@ -26,6 +35,8 @@ def trained(dtype, *, device="cpu", steps=3, factor=None, gradient_dtype=torch.f
             gradient = torch.randn(parameter.shape, generator=generator).to(gradient_dtype)
             parameter.decoupled_grad = gradient.to(device)
         optimizer.gradient_factor = None if factor is None else torch.tensor(factor, device=device)
+        if locates:
+            optimizer.locate()
         optimizer.step()
     return parameters, optimizer
 
@@ -49,6 +60,13 @@ def test_float32_is_updated_as_torch_does(factor):
         theirs.step()
     for ours, one in zip(parameters, expected, strict=True):
         torch.testing.assert_close(ours, one, rtol=1e-6, atol=1e-7)
+
+
+def test_looking_everything_up_beforehand_changes_nothing():
+    at_once, before = (trained(torch.bfloat16, locates=locates) for locates in (False, True))
+    assert [group["step"] for group in before[1].param_groups] == [3]
+    for one, other in zip(at_once[0], before[0], strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

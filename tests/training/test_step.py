@@ -53,12 +53,13 @@ def split(how: str, rank: int = 0) -> list[Batch]:
 
 
 def two_steps(
-    state: ParallelState, folder: Path, how: str, parallel: ParallelConfig
+    state: ParallelState, folder: Path, how: str, parallel: ParallelConfig, row_multiple: int = 1
 ) -> tuple[list[StepResult], dict[str, torch.Tensor]]:
     # Adam turns rounding noise of tiny gradients into full steps; a larger epsilon does not.
     optimizer = dataclasses.replace(CONSTANT, adam_eps=1e-4)
     rig = make_rig(state, folder, parallel=parallel, optimizer=optimizer)
-    results = [rig.step(split(how, state.rank), number) for number in (1, 2)]
+    with mock.patch("mtrain.model.head._row_multiple", lambda _device: row_multiple):
+        results = [rig.step(split(how, state.rank), number) for number in (1, 2)]
     return results, rig.weights()
 
 
@@ -72,19 +73,23 @@ def reference(folder: Path) -> tuple[list[StepResult], dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("how", "layout", "parallel"),
+    ("how", "layout", "parallel", "row_multiple"),
     [
-        ("4 x 2", ONE, {}),
-        ("packed", ONE, {"use_distributed_optimizer": False}),
-        ("2 ranks x 4", TWO, {}),
-        ("2 ranks x 4", TWO, {"use_distributed_optimizer": False}),
-        ("2 ranks x packed", TWO, {"overlap_grad_reduce": False}),
+        ("4 x 2", ONE, {}, 1),
+        ("packed", ONE, {"use_distributed_optimizer": False}, 1),
+        # The output layer gets a multiple of so many rows, as on a GPU.
+        ("packed", ONE, {}, 64),
+        ("2 ranks x 4", TWO, {}, 1),
+        ("2 ranks x 4", TWO, {"use_distributed_optimizer": False}, 1),
+        ("2 ranks x packed", TWO, {"overlap_grad_reduce": False}, 1),
     ],
 )
-def test_a_global_batch_trains_the_same_however_it_is_split(folder, how, layout, parallel):
+def test_a_global_batch_trains_the_same_however_it_is_split(
+    folder, how, layout, parallel, row_multiple
+):
     """T43: token weighting over the global batch, whatever the micro-batches and ranks."""
     expected, expected_weights = reference(folder)
-    ranks = run_ranks(layout, two_steps, folder, how, ParallelConfig(**parallel))
+    ranks = run_ranks(layout, two_steps, folder, how, ParallelConfig(**parallel), row_multiple)
     for step, expected_step in enumerate(expected):
         results = [results[step] for results, _ in ranks]
         assert mean_loss(results) == pytest.approx(mean_loss([expected_step]), rel=1e-6)
