@@ -14,6 +14,7 @@ from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl, weighted_b
 from megatron.core.jit import jit_fuser
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mtrain.model.cpu_passes import SwiGLU
 from mtrain.platform.cpu_speed import swiglu_gradient
 from mtrain.platform.device import has_triton
 
@@ -96,7 +97,7 @@ def swiglu(hidden: torch.Tensor, probs: torch.Tensor | None = None) -> torch.Ten
 
         return kernels.swiglu(hidden, probs)
     if probs is None:
-        return bias_swiglu_impl(hidden, None)
+        return bias_swiglu_impl(hidden, None) if hidden.is_cuda else SwiGLU.apply(hidden)
     return weighted_bias_swiglu_impl(hidden, None, probs.unsqueeze(-1))
 
 

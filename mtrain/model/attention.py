@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from mtrain.model.cpu_passes import swap_rows
 from mtrain.model.documents import PackedDocuments
 from mtrain.model.flash import FlashArguments, flash_attention
 from mtrain.model.norm import RMSNorm
@@ -30,10 +31,10 @@ from mtrain.platform.device import has_triton
 class RotarySelfAttention(SelfAttention):
     """Self-attention whose rotary embedding needs no document bounds.
 
-    On a GPU the step from the product of `linear_qkv` to queries, keys and values is one kernel
-    where `fuses_rope` asks for it: heads are taken apart, normed and rotated. Elsewhere, and for
-    interleaved ropes and gated attention, Megatron-Core does the former and a compiled function
-    rotates.
+    The step from the product of `linear_qkv` to queries, keys and values is one function where
+    `fuses_rope` asks for it: heads are taken apart, normed and rotated, on a GPU in one kernel, on
+    a CPU in float32. Elsewhere, and for interleaved ropes and gated attention, Megatron-Core does
+    the former and a compiled function rotates.
 
     Instead of angles it takes `rotary_pos_emb` from `RotaryEmbedding`, or None for no rotation:
     cosines and sines of every token, float32 [2, seq, 1, 1, dim]. For a model with two ropes it is
@@ -42,7 +43,7 @@ class RotarySelfAttention(SelfAttention):
 
     Args:
         *args: Of Megatron-Core's self-attention.
-        fuses_rope: Whether to use the kernel where it can be used.
+        fuses_rope: Whether to use that function where it can be used.
         **kwargs: As `args`.
     """
 
@@ -51,7 +52,6 @@ class RotarySelfAttention(SelfAttention):
         config = self.config
         self.fuses_rope = (
             fuses_rope
-            and has_triton()
             and not config.rotary_interleaved
             and not config.attention_output_gate
             # Megatron-Core gathers heads that ranks share.
@@ -79,36 +79,41 @@ class RotarySelfAttention(SelfAttention):
 
         Each [seq, batch, heads, head_dim].
         """
-        if self.fuses_rope and hidden_states.is_cuda:
+        if self.fuses_rope and self._can_fuse(hidden_states):
             return self._fused(hidden_states)
         query, key, *others = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         if self._cosines_and_sines is not None:
             query, key = rotate(query, key, self._cosines_and_sines, self.config.rotary_interleaved)
         return query, key, *others
 
-    def _fused(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        from mtrain.model.kernels.query_key_value import split_norm_rotate
+    def _can_fuse(self, hidden_states: torch.Tensor) -> bool:
+        if hidden_states.is_cuda:
+            return has_triton()
+        has_other_norm = isinstance(self.q_layernorm, RMSNorm) and self.q_layernorm.is_zero_centered
+        return hidden_states.dtype == torch.float32 and not has_other_norm
 
+    def _fused(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         mixed, _ = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
+        norm = self.q_layernorm
+        has_norm = isinstance(norm, RMSNorm)
         groups = self.num_query_groups_per_partition
-        has_norm = isinstance(self.q_layernorm, RMSNorm)
-        norm = {}
+        options = {
+            "num_groups": groups,
+            "queries_per_group": self.num_attention_heads_per_partition // groups,
+            "head_dim": self.hidden_size_per_attention_head,
+        }
         if has_norm:
-            norm = {
-                "eps": self.q_layernorm.eps,
-                "is_zero_centered": self.q_layernorm.is_zero_centered,
-            }
-        return split_norm_rotate(
-            mixed,
-            self._cosines_and_sines,
-            # Called, because data parallelism may still be gathering what the last step changed.
-            self.q_layernorm(None) if has_norm else None,
-            self.k_layernorm(None) if has_norm else None,
-            num_groups=groups,
-            queries_per_group=self.num_attention_heads_per_partition // groups,
-            head_dim=self.hidden_size_per_attention_head,
-            **norm,
-        )
+            options["eps"] = norm.eps
+        if hidden_states.is_cuda:
+            from mtrain.model.kernels.query_key_value import split_norm_rotate
+
+            options["is_zero_centered"] = has_norm and norm.is_zero_centered
+        else:
+            from mtrain.model.cpu_passes import split_norm_rotate
+        # Called, because data parallelism may still be gathering what the last step changed.
+        norms = (self.q_layernorm, self.k_layernorm)
+        weights = [norm(None) if has_norm else None for norm in norms]
+        return split_norm_rotate(mixed, self._cosines_and_sines, *weights, **options)
 
     def _choose(
         self, rotary: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
@@ -241,7 +246,8 @@ class PackedAttention(MegatronModule):
             scale=self.softmax_scale,
             enable_gqa=True,
         )
-        return output.permute(2, 0, 1, 3)
+        tokens_second = output.permute(0, 2, 1, 3)
+        return tokens_second.transpose(0, 1) if output.is_cuda else swap_rows(tokens_second)
 
     def _documents(
         self,

@@ -19,6 +19,7 @@ from torch.utils._device import _device_constructors
 
 from mtrain.platform.cpu_speed import (
     keep_freed_memory,
+    share_lonely_threads,
     shorten_swiglu,
     skip_lonely_collectives,
 )
@@ -216,6 +217,7 @@ def mend_megatron() -> None:
         _allow_uneven_collectives()
         shorten_swiglu()
         skip_lonely_collectives()
+        share_lonely_threads()
         keep_freed_memory()
 
 

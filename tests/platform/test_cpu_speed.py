@@ -1,8 +1,17 @@
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-from mtrain.platform.cpu_speed import _unless_alone, keep_freed_memory, swiglu_gradient
+from mtrain.parallel import ParallelLayout
+from mtrain.platform.cpu_speed import (
+    _unless_alone,
+    keep_freed_memory,
+    swiglu_gradient,
+)
+from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.float64, torch.float32])
@@ -15,6 +24,8 @@ def test_gradient_of_swiglu_is_the_one_of_the_formula(grad_dtype):
     result = swiglu_gradient(grad, hidden.detach())
     assert result.dtype == torch.float64
     torch.testing.assert_close(result, hidden.grad, rtol=1e-12, atol=1e-12)
+    kept = swiglu_gradient(grad, hidden.detach(), F.silu(gate.detach()))
+    assert torch.equal(kept, result)
 
 
 def test_freed_memory_can_be_kept_more_than_once():
@@ -49,3 +60,28 @@ def test_only_a_collective_in_place_without_others_is_left_out(
     own = torch.ones(3)
     collective(own if is_in_place else torch.ones(3), own, group=Group(size), **options)
     assert bool(calls) == is_called
+
+
+def num_threads_of_gloo():
+    names = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+    return sum(name.startswith("gloo_tcp") for name in names)
+
+
+def groups_of_one_rank(state):
+    before = num_threads_of_gloo()
+    groups = [dist.new_subgroups(1)[0] for _ in range(5)]
+    sums = torch.tensor([1.0 + state.world.rank])
+    for group in groups:
+        dist.all_reduce(sums, group=group)
+        dist.barrier(group=group)
+    own = sums.item()
+    dist.all_reduce(sums)
+    return own, sums.item(), num_threads_of_gloo() - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_groups_of_one_rank_share_a_thread():
+    results = run_ranks(ParallelLayout(world_size=2), groups_of_one_rank)
+    for rank, (own, total, more_threads) in enumerate(results):
+        assert (own, total) == (1.0 + rank, 3.0)
+        assert more_threads == 0
