@@ -4,12 +4,12 @@
         --steps 50 --work /dev/shm --log_dir curves
 
 Every variant trains all parameters of one random checkpoint on the same packs, in a process of its
-own. The `unfused` ones switch off every fusion that has a flag. Kernels without one (norms, loss,
-Adam) meet the `plain` step, which is transformers in torch's autocast with torch's AdamW
-(`hf_step.py`), given the batches that `megatron sft` was seen to train on. `plain-float32`, if
-asked for, is the same without autocast: how far `plain` is from it is what rounding to bfloat16
-does. Differences are those from the first variant. A GPU trains in bfloat16, a CPU in float32,
-where the curves agree to about 1e-5.
+own. The `unfused` ones switch off every fusion that has a flag, and kernels of ours for attention.
+Those without one (norms, loss, Adam) meet the `plain` step, which is transformers in torch's
+autocast with torch's AdamW (`hf_step.py`), given the batches that `megatron sft` was seen to train
+on. `plain-float32`, if asked for, is the same without autocast: how far `plain` is from it is what
+rounding to bfloat16 does. Differences are those from the first variant. A GPU trains in bfloat16, a
+CPU in float32, where the curves agree to about 1e-5.
 """
 
 import argparse
@@ -48,12 +48,13 @@ FUSIONS = tuple(
     for field in dataclasses.fields(ModelConfig)
     if field.name.endswith("_fusion") and field.name not in WITHOUT_EFFECT
 )
-# Of `megatron sft`: the backend, and whether its fusions are on.
+UNFUSED = dict.fromkeys(FUSIONS, "false")
+# Of `megatron sft`: the backend, and flags. A named kernel for attention is not one of ours.
 OURS = {
-    "te": ("te", True),
-    "torch": ("torch", True),
-    "te-unfused": ("te", False),
-    "torch-unfused": ("torch", False),
+    "te": ("te", {}),
+    "torch": ("torch", {}),
+    "te-unfused": ("te", UNFUSED | {"attention_backend": "fused"}),
+    "torch-unfused": ("torch", UNFUSED | {"attention_backend": "flash"}),
 }
 PLAIN = ("plain", "plain-float32")
 VARIANTS = (*OURS, *PLAIN)
@@ -139,15 +140,14 @@ class Curves:
         return curve
 
     def _words(self, variant: str) -> list[str]:
-        backend, is_fused = OURS[variant]
+        backend, more = OURS[variant]
         case = Case(shape=self._options.shape, backend=backend)
         flags = hf_step.SFT_FLAGS | {
             "lr": self._options.lr,
             "torch_dtype": self._options.torch_dtype,
             "logging_steps": 1,
+            **more,
         }
-        if not is_fused:
-            flags |= dict.fromkeys(FUSIONS, "false")
         words = sft_words(case, self._options, self._model, self._output)
         return [
             *map(str, words),
