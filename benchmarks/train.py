@@ -136,7 +136,6 @@ def sft_words(
         "save_steps": arguments.steps,
         "no_save_optim": "true",
         "logging_steps": 5,
-        "manual_gc": "true",
         **TUNERS[case.tuner],
     }
     words: list[str | Path] = ["--dataset", *arguments.data]

@@ -70,8 +70,8 @@ class TrainingConfig:
         "stack and the run ends; 0: never.",
         minimum=0,
     )
-    manual_gc: bool = flag(False, "Collect garbage at the same step on all ranks.")
-    manual_gc_steps: int = flag(0, "Steps between collections; 0: only at the start.", minimum=0)
+    manual_gc: bool = flag(True, "Collect garbage at the same step on all ranks.")
+    manual_gc_steps: int = flag(100, "Steps between collections; 0: none.", minimum=0)
     manual_gc_eval: bool = flag(True, "Collect around evaluations as well.")
     enable_dft_loss: bool = flag(False, "Weight every token's loss by its probability.")
     enable_channel_loss: bool = flag(False, "Report the loss of every dataset channel.")

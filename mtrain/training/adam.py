@@ -195,7 +195,7 @@ class AdamW(torch.optim.Optimizer):
         if self.gradient_factor is not None:
             torch._foreach_mul_(gradients, self.gradient_factor)
         remembered = {
-            kind: [self.read(parameter, kind).view_as(parameter) for parameter in parameters]
+            kind: [self._in_float32(parameter, kind) for parameter in parameters]
             for kind in (MAIN, *self._dtypes)
         }
         adamw(
@@ -218,7 +218,18 @@ class AdamW(torch.optim.Optimizer):
         )
         for kind, values in remembered.items():
             for parameter, value in zip(parameters, values, strict=True):
-                self.write(parameter, kind, value)
+                if value is not self._kept(parameter, kind):
+                    self.write(parameter, kind, value)
+
+    def _in_float32(self, parameter: torch.Tensor, kind: str) -> torch.Tensor:
+        """What is remembered, shaped as the parameter: itself if it is kept in float32."""
+        kept = self._kept(parameter, kind)
+        if kept.dtype == torch.float32:
+            return kept
+        return self.read(parameter, kind).view_as(parameter)
+
+    def _kept(self, parameter: torch.Tensor, kind: str) -> torch.Tensor:
+        return parameter if kind == MAIN else self.state[parameter][kind]
 
 
 def join_halves(upper: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:

@@ -215,7 +215,8 @@ def _loss_scale(batches: Sequence[MicroBatch], state: ParallelState) -> torch.Te
     data-parallel ranks. The count stays on the device: nobody waits for it.
     """
     num_labels = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
-    dist.all_reduce(num_labels, group=state.groups.dp)
+    if state.layout.dp_size > 1:
+        dist.all_reduce(num_labels, group=state.groups.dp)
     return len(batches) * state.layout.dp_size / num_labels.clamp(min=1)
 
 
@@ -229,7 +230,9 @@ def _grad_norm(optimizer: ChainedOptimizer, device: torch.device) -> torch.Tenso
     squares = torch.zeros((), device=device)
     for part in optimizer.chained_optimizers:
         square = get_total_norm(part.get_main_grads_for_grad_norm()).to(device).square()
-        dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
+        group = part.get_grad_stats_parallel_group()
+        if group.size() > 1:
+            dist.all_reduce(square, group=group)
         squares += square
     return squares.sqrt()
 

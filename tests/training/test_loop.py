@@ -1,3 +1,4 @@
+import functools
 import gc
 import json
 from pathlib import Path
@@ -11,7 +12,14 @@ from mtrain.parallel import ParallelLayout, ParallelState
 from mtrain.platform.device import device_info
 from mtrain.training.evaluate import evaluate
 from mtrain.training.flops import ModelShape
-from mtrain.training.loop import LoopPlan, Surroundings, epoch_ends, every, train
+from mtrain.training.loop import (
+    LoopPlan,
+    Surroundings,
+    _garbage_collection,
+    epoch_ends,
+    every,
+    train,
+)
 from mtrain.training.metrics import Meter, RunSize
 from mtrain.training.writers import open_run_log
 from tests.ranks import run_ranks
@@ -121,7 +129,8 @@ def test_a_run_logs_evaluates_and_saves_when_it_should(folder, tmp_path):
     # Parameters are complete when they are saved, although their gathering overlaps with forward.
     for (_, ours), (_, theirs) in zip(saved, saved_elsewhere, strict=True):
         assert torch.equal(ours, theirs)
-    assert collecting == {True}
+    # Python's collector of garbage is off between steps.
+    assert collecting == {False}
     lines = [json.loads(line) for line in (tmp_path / "logging.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 3, 6, 7]
     assert [line["step"] for line in lines if "eval_loss" in line] == [5, 7]
@@ -178,10 +187,22 @@ def test_the_last_line_has_the_fields_that_people_plot(folder, tmp_path):
     }
 
 
-def test_manual_garbage_collection_is_off_between_steps_and_on_afterwards(folder, tmp_path):
-    settings = TrainingConfig(manual_gc=True, manual_gc_steps=2)
+def test_garbage_may_be_left_to_pythons_collector(folder, tmp_path):
+    settings = TrainingConfig(manual_gc=False)
     [(_, _, collecting, _)] = run_ranks(ParallelLayout(), run, folder, tmp_path, TOTAL, settings)
-    assert collecting == {False}
+    assert collecting == {True}
+
+
+@pytest.mark.parametrize("others_froze", [False, True])
+def test_what_is_there_before_training_is_not_looked_through(monkeypatch, others_froze):
+    calls = []
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: int(others_froze))
+    for name in ("freeze", "unfreeze", "collect"):
+        monkeypatch.setattr(gc, name, functools.partial(calls.append, name))
+    with _garbage_collection(TrainingConfig(manual_gc_steps=2)) as collect:
+        for step in (1, 2, 3):
+            collect(step, evaluated=False)
+    assert calls == ["freeze", "collect", *([] if others_froze else ["unfreeze"])]
     assert gc.isenabled()
 
 
