@@ -6,7 +6,8 @@ fail, the first real traceback is raised, not those of the ranks that lost their
 
 Every job has fresh ranks, which a fork makes cheap: Megatron-Core's data-parallel wrapper is in a
 cycle with autograd hooks and never goes away, nor do its process groups, of which each with several
-ranks has a thread that wakes a hundred times a second. Ranks that served many tests slowed down all others.
+ranks has a thread that wakes a hundred times a second. Ranks that served many tests slowed down all
+others.
 """
 
 import contextlib
