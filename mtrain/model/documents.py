@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PackedDocuments", "pack_documents"]
 
+_OLDEST_GPU = (9, 0)  # Hopper
+
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
@@ -75,7 +77,7 @@ def pack_documents(
         max_seqlen_q=bound,
         max_seqlen_kv=bound,
     )
-    if cu_seqlens.is_cuda and _may_choose(config):
+    if cu_seqlens.is_cuda and _may_choose(config) and _is_recent(cu_seqlens.device):
         from mtrain.model.kernels.packed_attention import attention_blocks, has_kernels
 
         group_size = config.num_attention_heads // config.num_query_groups
@@ -89,6 +91,11 @@ def _may_choose(config: TransformerConfig) -> bool:
     is_half = config.params_dtype in (torch.bfloat16, torch.float16)
     is_free = config.attention_backend is AttnBackend.auto
     return has_triton() and is_half and is_free and not config.multi_latent_attention
+
+
+def _is_recent(device: torch.device) -> bool:
+    """Whether the GPU copies blocks of tensors by itself, which our kernels ask of it."""
+    return torch.cuda.get_device_capability(device) >= _OLDEST_GPU
 
 
 def _power_of_two_above(length: int) -> int:

@@ -49,6 +49,7 @@ def kernels(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "mtrain.model.kernels.packed_attention", found)
     monkeypatch.setattr("mtrain.model.documents.has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     return found
 
 
@@ -90,4 +91,9 @@ def test_other_packs_are_not(kernels, fields):
 
 def test_nothing_is_chosen_without_triton(kernels, monkeypatch):
     monkeypatch.setattr("mtrain.model.documents.has_triton", lambda: False)
+    assert pack().blocks is None
+
+
+def test_gpus_before_hopper_attend_with_kernels_of_others(kernels, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
     assert pack().blocks is None
