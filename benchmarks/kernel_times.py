@@ -27,9 +27,12 @@ from mtrain.cli.main import main as megatron
 # The first pattern that is found in the name of a kernel.
 _CLASSES = {
     "communication": r"nccl",
-    "attention": r"flash|fmha|sdpa|cudnn_generated|mha_",
+    "attention": (
+        r"flash|fmha|sdpa|cudnn_generated|cudnn::fusion|mha_"
+        r"|^(forward|query_gradient|key_gradient)_kernel"
+    ),
     "products": r"gemm|cutlass|nvjet|splitkreduce|cublas|gemv",
-    "optimizer": r"adam|multi_tensor|lpnorm|l2norm",
+    "optimizer": r"adam|^_update_kernel|multi_tensor|lpnorm|l2norm",
     "norms": r"rms_?norm|ln_fwd|ln_bwd|layer_norm|layernorm|GammaBeta",
     "rotary embedding": r"rope|rotary",
     "token exchange": r"permute|sort|index|gather|scatter|topk|cumsum|scan|histogram",

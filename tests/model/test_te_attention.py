@@ -1,6 +1,5 @@
 """Who computes attention on the `te` backend, with a class in place of Transformer Engine's."""
 
-import importlib
 import sys
 from unittest import mock
 
@@ -35,7 +34,6 @@ def attention_class(monkeypatch):
     monkeypatch.delitem(sys.modules, "mtrain.model.te_attention", raising=False)
     yield spec_provider("te").core_attention()
     sys.modules.pop("mtrain.model.te_attention", None)
-    importlib.invalidate_caches()
 
 
 def build(kind, **options):

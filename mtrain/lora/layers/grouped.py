@@ -13,12 +13,16 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import grouped_mm
 
 from mtrain.lora.layers.fused import Dropped
-from mtrain.lora.layers.products import Scales, collected, spread_out
+from mtrain.lora.layers.products import (
+    MOST_COLUMNS_FOR_KERNELS,
+    Scales,
+    collected,
+    spread_out,
+)
 from mtrain.platform.device import has_triton
 
 # Grouped products on GPUs want rows of a multiple of 16 bytes; numbers have at least two.
 _COLUMN_MULTIPLE = 8
-_MOST_COLUMNS = 128  # of factors that kernels of ours hold
 
 
 def frozen_grouped_linear(
@@ -96,7 +100,8 @@ class _FrozenGroupedLinear(torch.autograd.Function):
 
 def _has_kernels(wide: torch.Tensor, rank: int) -> bool:
     """Whether kernels of ours multiply with what has so few columns."""
-    return wide.is_cuda and wide.itemsize == 2 and rank <= _MOST_COLUMNS and has_triton()
+    is_half = wide.is_cuda and wide.itemsize == 2
+    return is_half and rank <= MOST_COLUMNS_FOR_KERNELS and has_triton()
 
 
 def _narrow_product(

@@ -20,11 +20,10 @@ from mtrain.lora.layers.low_rank_kernels import (
     num_blocks,
     rank_block,
 )
+from mtrain.lora.layers.products import MOST_COLUMNS_FOR_KERNELS
 
-__all__ = ["MAX_RANK", "factor_gradient", "narrow_product", "product_and_gradient"]
+__all__ = ["factor_gradient", "narrow_product", "product_and_gradient"]
 
-# What kernels hold of the narrow side, all of it.
-MAX_RANK = 128
 # Rows that a program passes over for a gradient.
 _CHUNK = 1024
 _SUM_BLOCK = 1024
@@ -51,7 +50,7 @@ def narrow_product(
     num_rows, width = wide.shape
     num_experts, rank = ends.shape[0], factor.shape[2]
     assert wide.is_contiguous() and wide.itemsize == _BYTES
-    assert factor.shape == (num_experts, width, rank) and rank <= MAX_RANK
+    assert factor.shape == (num_experts, width, rank) and rank <= MOST_COLUMNS_FOR_KERNELS
     product = wide.new_empty(num_rows, rank)
     if num_rows > 0:
         _product_kernel[(num_blocks(num_rows, ends, _BLOCKS.rows),)](
@@ -147,7 +146,7 @@ def _write_gradient(
     num_experts, rank = ends.shape[0], narrow.shape[1]
     has_factor = factor is not None
     assert wide.is_contiguous() and wide.itemsize == _BYTES
-    assert narrow.is_contiguous() and rank <= MAX_RANK
+    assert narrow.is_contiguous() and rank <= MOST_COLUMNS_FOR_KERNELS
     assert gradient.shape == (num_experts, width, rank)
     if not has_factor:
         # Something in their place.

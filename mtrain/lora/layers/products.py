@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+# Columns of a factor up to which kernels of ours multiply by it.
+MOST_COLUMNS_FOR_KERNELS = 128
 # One number, or float32 [out, num_adapted]: the scale of each projection at its rows, else 0.
 Scales = torch.Tensor | float
 

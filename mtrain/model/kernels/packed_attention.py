@@ -168,16 +168,15 @@ def attend(
     value: torch.Tensor,
     blocks: torch.Tensor,
     scale: float,
-    shape: KernelShape = FORWARD,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output like the queries and the logarithms of denominators, float32 [heads, tokens]."""
     num_tokens, num_heads = query.shape[:2]
     output = query.new_empty(query.shape)
     logarithms = query.new_empty(num_heads, num_tokens, dtype=torch.float32)
     forward_kernel[(len(blocks) * key.shape[1],)](
-        *(query, _streamed(key, shape.keys), _streamed(value, shape.keys), output, logarithms),
+        *(query, _streamed(key, FORWARD.keys), _streamed(value, FORWARD.keys), output, logarithms),
         *(blocks, num_tokens, key.shape[1], *query.stride()[:2], scale * math.log2(math.e)),
-        **shape.constants(query, key),
+        **FORWARD.constants(query, key),
     )
     return output, logarithms
 
@@ -191,7 +190,6 @@ def query_gradient(
     logarithms: torch.Tensor,
     blocks: torch.Tensor,
     scale: float,
-    shape: KernelShape = QUERY_GRADIENT,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of queries, and statistics float32 [2 * groups, width] for that of keys."""
     assert output.is_contiguous()
@@ -202,10 +200,16 @@ def query_gradient(
     width = (len(query) + SPACE * len(blocks)) // SPACE * SPACE * query.shape[1] // num_groups
     statistics = logarithms.new_empty(2 * num_groups, width)
     query_gradient_kernel[(len(blocks) * num_groups,)](
-        *(grad, query, _streamed(key, shape.keys), _streamed(value, shape.keys), output),
+        *(
+            grad,
+            query,
+            _streamed(key, QUERY_GRADIENT.keys),
+            _streamed(value, QUERY_GRADIENT.keys),
+            output,
+        ),
         *(logarithms, statistics, grad_query, blocks, len(query), num_groups, width),
         *(*grad.stride()[:2], *query.stride()[:2], scale),
-        **shape.constants(query, key),
+        **QUERY_GRADIENT.constants(query, key),
     )
     return grad_query, statistics
 
@@ -218,18 +222,17 @@ def key_gradient(
     statistics: torch.Tensor,
     blocks: torch.Tensor,
     scale: float,
-    shape: KernelShape = KEY_GRADIENT,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of keys and values, each summed over the query heads of its group."""
     grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
     group_size = query.shape[1] // key.shape[1]
-    tokens = shape.rows // group_size
-    numbers = TensorDescriptor.from_tensor(statistics, [1, shape.rows])
+    tokens = KEY_GRADIENT.rows // group_size
+    numbers = TensorDescriptor.from_tensor(statistics, [1, KEY_GRADIENT.rows])
     key_gradient_kernel[(len(blocks) * key.shape[1],)](
         *(_streamed(grad, tokens, group_size), _streamed(query, tokens, group_size), key, value),
         *(numbers, grad_key, grad_value, blocks, key.shape[1]),
         *(*key.stride()[:2], *value.stride()[:2], scale),
-        **shape.constants(query, key),
+        **KEY_GRADIENT.constants(query, key),
     )
     return grad_key, grad_value
 
