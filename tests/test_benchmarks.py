@@ -53,6 +53,20 @@ def test_planning_is_measured_on_lengths_alone() -> None:
     assert all(float(row[5].strip(" %")) > 99 for row in rows)
 
 
+def test_kernels_are_told_apart_and_pauses_between_them_found(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from kernel_times import busy_time, kernel_class, pauses
+
+    # The second is of a norm or of SwiGLU.
+    names = ("forward_kernel", "_forward_kernel", "_update_kernel", "nvjet_sm90_tst")
+    classes = ["attention", "element by element", "optimizer", "products"]
+    assert [kernel_class(name) for name in names] == classes
+    kernels = [(5.0, 6.0, "c"), (0.0, 3.0, "a"), (1.0, 2.0, "b"), (10.0, 11.0, "d")]
+    assert pauses(kernels, 1) == [(4.0, "c", "d")]
+    assert pauses(kernels, 9) == [(4.0, "c", "d"), (2.0, "a", "c")]
+    assert busy_time((begin, end) for begin, end, _ in kernels) == 5.0
+
+
 def test_a_step_on_the_cpu_is_compared_with_transformers_and_peft() -> None:
     flags = ["--sizes", "64x1", "--tuners", "lora", "--rows", "2", "--length", "32"]
     flags += ["--batches", "rows", "pack"]
