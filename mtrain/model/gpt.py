@@ -40,6 +40,7 @@ class LanguageModel(GPTModel):
         **gpt_arguments: Any,
     ) -> None:
         rope = arguments.rope
+        self.packed_format = packed_format  # first, for `_set_attention_backend`
         super().__init__(
             max_sequence_length=arguments.max_position_embeddings,
             share_embeddings_and_output_weights=arguments.is_tied,
@@ -50,13 +51,20 @@ class LanguageModel(GPTModel):
         if self.post_process:
             self.output_layer.__class__ = OutputLayer
         self.num_words = arguments.vocab_size
-        self.packed_format = packed_format
         self.embedding_scale = arguments.embedding_scale
         self.rotary = self.window_rotary = None
         if rope is not None:
             self.rotary = RotaryEmbedding(rope, device)
             if arguments.window_rope is not None:
                 self.window_rotary = RotaryEmbedding(arguments.window_rope, device)
+
+    def _set_attention_backend(self) -> None:
+        """Names the kernel in the environment, if Transformer Engine is there to read it.
+
+        Elsewhere it would only keep the process from building a model with another kernel.
+        """
+        if self.packed_format == "thd":
+            super()._set_attention_backend()
 
     def forward(
         self,

@@ -1,5 +1,7 @@
 """From settings to Megatron-Core's configuration, and from that to the chunks of a rank."""
 
+import os
+
 import pytest
 import torch
 
@@ -210,6 +212,20 @@ def dtypes_of(state, name, dtype):
 def test_all_parameters_have_the_dtype_of_the_model(name) -> None:
     """Megatron-Core makes learned positions in float32."""
     assert run_ranks(ParallelLayout(), dtypes_of, name, torch.bfloat16) == [{torch.bfloat16}]
+
+
+def build_with_kernels(state, kernels):
+    """What building models with these kernels for attention leaves in the environment."""
+    described = find_family(tiny_config("qwen3")).megatron_config(tiny_config("qwen3"))
+    for kernel in kernels:
+        config = config_of(model=ModelConfig(attention_backend=kernel))
+        build_model(described, config, state, backend="torch")
+    return [name for name in os.environ if name.startswith("NVTE_")]
+
+
+def test_a_process_may_build_models_with_different_kernels_for_attention() -> None:
+    """Megatron-Core sets Transformer Engine's variables, and refuses those of another model."""
+    assert run_ranks(ParallelLayout(), build_with_kernels, ("auto", "flash")) == [[]]
 
 
 def test_every_balance_loss_wants_a_coefficient() -> None:
