@@ -58,6 +58,7 @@ def run_ranks(layout: ParallelLayout, function: Callable[..., Any], *args: Any) 
         finally:
             for rank in ranks:
                 rank.process.kill()
+            for rank in ranks:
                 rank.process.join()
     failures = [answer for answer in answers if isinstance(answer, _Failure)]
     if failures:
@@ -106,12 +107,7 @@ def _serve(
 ) -> None:
     import torch
 
-    from mtrain.parallel import (
-        destroy_parallel,
-        destroy_world,
-        initialize_parallel,
-        initialize_world,
-    )
+    from mtrain.parallel import initialize_parallel, initialize_world
 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -119,9 +115,8 @@ def _serve(
         world = initialize_world(
             size=layout.world_size, rank=rank, store_file=store, timeout_seconds=TIMEOUT_SECONDS
         )
+        # Groups are not taken apart, which would be a third of a small job: the process is killed.
         result = function(initialize_parallel(layout, world), *args)
-        destroy_parallel()
-        destroy_world()
     except BaseException:
         result = _Failure(time.time(), f"rank {rank} of {layout}:\n{traceback.format_exc()}")
     with contextlib.suppress(BrokenPipeError, EOFError):

@@ -37,7 +37,7 @@ from tests.ranks import run_ranks
 from tests.test_invariance import PACKED, batches_of_rank, layout, loss_of
 from tests.tiny import make_checkpoint
 
-STEPS, SAVED_STEPS = 3, 5
+STEPS, SAVED_STEPS = 2, 5
 # Adam divides by the root of the second moment; with the usual epsilon of 1e-8 a gradient of 1e-9
 # moves its value by a whole learning rate, in a direction that rounding decides.
 EPSILON = 1e-5

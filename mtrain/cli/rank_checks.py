@@ -6,7 +6,6 @@ The one thing to know: everything else is checked before the ranks are started, 
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +26,6 @@ _PLACES = {
     *("dataset", "val_dataset", "output_dir", "tensorboard_dir", "resume_from_checkpoint"),
 }
 
-# How Transformer Engine is told which kernels for attention it may take.
-_SWITCHES = {
-    "NVTE_FLASH_ATTN": "flash",
-    "NVTE_FUSED_ATTN": "fused",
-    "NVTE_UNFUSED_ATTN": "unfused",
-}
-
 
 def check_collectives(parallel: ParallelConfig) -> None:
     """Refuses a communication library that the device does not talk over."""
@@ -46,22 +38,12 @@ def check_collectives(parallel: ParallelConfig) -> None:
 
 
 def check_attention(model: ModelConfig, *, backend: str) -> None:
-    """Refuses an attention kernel that the backend does not have, or the environment forbids."""
-    kernel = model.attention_backend
-    if backend == "torch":
-        if kernel not in ("auto", "flash"):
-            raise ValueError(
-                f"--attention_backend {kernel} is a kernel of Transformer Engine, and "
-                "the torch backend is used here; use auto"
-            )
-        return
-    for variable, switched in _SWITCHES.items():
-        wanted = "1" if kernel in ("auto", switched) else "0"
-        if os.environ.get(variable, wanted) != wanted:
-            raise ValueError(
-                f"{variable}={os.environ[variable]} is set in the environment, but "
-                f"--attention_backend {kernel} needs {wanted}; unset it and use the flag alone"
-            )
+    """Refuses an attention kernel that the backend does not have."""
+    if backend == "torch" and model.attention_backend not in ("auto", "flash"):
+        raise ValueError(
+            f"--attention_backend {model.attention_backend} is a kernel of Transformer Engine, and "
+            "the torch backend is used here; use auto"
+        )
 
 
 def check_same_inputs(

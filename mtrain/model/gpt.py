@@ -62,9 +62,16 @@ class LanguageModel(GPTModel):
         """Names the kernel in the environment, if Transformer Engine is there to read it.
 
         Elsewhere it would only keep the process from building a model with another kernel.
+
+        Raises:
+            ValueError: The environment names another one.
         """
-        if self.packed_format == "thd":
+        if self.packed_format != "thd":
+            return
+        try:
             super()._set_attention_backend()
+        except AssertionError as error:
+            raise ValueError(str(error)) from error
 
     def forward(
         self,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from mtrain.platform.cpu_collectives import exchange_directly
 from mtrain.platform.cpu_speed import (
     keep_freed_memory,
     share_lonely_threads,
@@ -214,44 +215,11 @@ def mend_megatron() -> None:
         random.fp8_autocast = _no_context
     if not torch.cuda.is_available():
         token_dispatcher.maybe_move_tensor_to_cpu = _as_split_sizes
-        _allow_uneven_collectives()
+        exchange_directly()
         shorten_swiglu()
         skip_lonely_collectives()
         share_lonely_threads()
         keep_freed_memory()
-
-
-def _allow_uneven_collectives() -> None:
-    """Gathers and scatters parts of different sizes, which gloo refuses and NCCL takes.
-
-    Expert tensor parallelism needs them: its ranks hold tokens of different numbers.
-    """
-    from megatron.core.tensor_parallel import mappings
-
-    gather, reduce_scatter = (
-        mappings._gather_along_first_dim,
-        mappings._reduce_scatter_along_first_dim,
-    )
-
-    def gather_parts(part: Any, group: Any, output_split_sizes: Any = None, *rest: Any) -> Any:
-        if output_split_sizes is None or group.size() == 1:
-            return gather(part, group, output_split_sizes, *rest)
-        whole = part.new_zeros(sum(output_split_sizes), *part.shape[1:])
-        whole.split(list(output_split_sizes))[group.rank()].copy_(part)
-        torch.distributed.all_reduce(whole, group=group)
-        return whole
-
-    def reduce_scatter_parts(
-        whole: Any, group: Any, input_split_sizes: Any = None, *rest: Any
-    ) -> Any:
-        if input_split_sizes is None or group.size() == 1:
-            return reduce_scatter(whole, group, input_split_sizes, *rest)
-        total = whole.clone()
-        torch.distributed.all_reduce(total, group=group)
-        return total.split(list(input_split_sizes))[group.rank()].clone()
-
-    mappings._gather_along_first_dim = gather_parts
-    mappings._reduce_scatter_along_first_dim = reduce_scatter_parts
 
 
 def _no_context(**_options: object) -> contextlib.AbstractContextManager[None]:

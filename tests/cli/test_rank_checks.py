@@ -52,22 +52,6 @@ def test_kernels_of_transformer_engine_are_refused_without_it(kernel) -> None:
     check_attention(ModelConfig(attention_backend="flash"), backend="torch")
 
 
-@pytest.mark.parametrize(
-    ("kernel", "variable", "value"),
-    [("auto", "NVTE_FLASH_ATTN", "0"), ("flash", "NVTE_FUSED_ATTN", "1")],
-)
-def test_an_environment_that_forbids_the_kernel_is_refused(
-    kernel, variable, value, monkeypatch
-) -> None:
-    model = ModelConfig(attention_backend=kernel)
-    monkeypatch.setenv(variable, str(1 - int(value)))
-    check_attention(model, backend="te")
-    monkeypatch.setenv(variable, value)
-    check_attention(model, backend="torch")
-    with pytest.raises(ValueError, match=f"{variable}={value} is set in the environment"):
-        check_attention(model, backend="te")
-
-
 def prepared(key: str) -> PreparedData:
     counts = {field.name: 1 for field in dataclasses.fields(SplitReport)} | {"refusals": {}}
     report = PreparationReport(

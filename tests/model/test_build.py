@@ -12,6 +12,7 @@ from mtrain.model.build import (
     fuse_weight_gradients,
     transformer_config,
 )
+from mtrain.model.gpt import LanguageModel
 from mtrain.parallel import ParallelLayout
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
@@ -226,6 +227,21 @@ def build_with_kernels(state, kernels):
 def test_a_process_may_build_models_with_different_kernels_for_attention() -> None:
     """Megatron-Core sets Transformer Engine's variables, and refuses those of another model."""
     assert run_ranks(ParallelLayout(), build_with_kernels, ("auto", "flash")) == [[]]
+
+
+@pytest.mark.parametrize("kernel", ["auto", "fused"])
+def test_an_environment_that_forbids_the_kernel_is_refused(kernel, monkeypatch) -> None:
+    model = LanguageModel.__new__(LanguageModel)
+    torch.nn.Module.__init__(model)
+    model.config = config_of(model=ModelConfig(attention_backend=kernel))
+    model.packed_format = "thd"
+    for name in ("NVTE_FLASH_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.setenv(name, "1" if kernel == "auto" else "0")
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "1")
+    model._set_attention_backend()
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    with pytest.raises(ValueError, match="NVTE_FUSED_ATTN set to 0, but expected 1"):
+        model._set_attention_backend()
 
 
 def test_every_balance_loss_wants_a_coefficient() -> None:
