@@ -4,6 +4,7 @@ A test says with the marker `shows` what its passing shows about the family of o
 parameters. Notes travel with the reports, so they also arrive from workers of pytest-xdist.
 """
 
+import gc
 import json
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         shown = shown_by(item)
         if shown is not None:
             item.user_properties.append((_NOTE, shown))
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and what they import are no garbage; looking through them takes time."""
+    gc.collect()
+    gc.freeze()
 
 
 class FamilyResults:

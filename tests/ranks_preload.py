@@ -18,6 +18,7 @@ for name in (
     "tests.lora.peft_folders",
     "tests.machine",
     "tests.megatron",
+    "torch.utils.tensorboard",
 ):
     importlib.import_module(name)
 torch.set_num_threads(1)

@@ -100,7 +100,7 @@ def test_the_quickstart_teaches_a_model_its_name_and_then_another(
     beside = {"tokenizer.json", "args.json"}
     names = {path.name for path in (folder / "full" / "checkpoint-200").iterdir()}
     assert {"model.safetensors", "config.json", *beside} <= names
-    names = {path.name for path in (folder / "lora" / "checkpoint-120").iterdir()}
+    names = {path.name for path in (folder / "lora" / "checkpoint-140").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", *beside} <= names
     assert not any(name.startswith("model") for name in names)
 

@@ -32,7 +32,7 @@ from tests.megatron import load_model
 from tests.next_tokens import make_checkpoint_with_next_tokens
 from tests.ranks import run_ranks
 from tests.test_invariance import PACKED, batches_of_rank, layout
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint, without_spare_layers
 
 STEPS = 3
 OPTIMIZER = OptimizerConfig(lr=1e-2, lr_decay_style="constant", clip_grad=0.5)
@@ -52,7 +52,6 @@ class Case:
 
 
 TWO = layout(world_size=2)
-UNIFORM = ("qwen3", "qwen3_tied", "qwen3_moe", "qwen2_moe", "deepseek_v3")
 RECOMPUTED = TrainingConfig(recompute_granularity="full")
 BFLOAT16 = {"dtype": torch.bfloat16}
 CASES = {
@@ -189,17 +188,14 @@ def folders(tmp_path_factory):
     made = {}
 
     def get(case: Case) -> Path:
-        # Half of the layers, where neither stages nor what differs from layer to layer need them.
-        is_short = case.model in UNIFORM and case.sizes.pp_size == 1
-        key = case.model, is_short, case.num_next_tokens
+        changes = without_spare_layers(case.model, pp_size=case.sizes.pp_size)
+        key = case.model, len(changes), case.num_next_tokens
         if key not in made:
             target = tmp_path_factory.mktemp("overlap") / case.model
             made[key] = (
                 make_checkpoint_with_next_tokens(target, case.model)[0]
                 if case.num_next_tokens
-                else make_checkpoint(
-                    target, case.model, **{"num_hidden_layers": 2} if is_short else {}
-                )
+                else make_checkpoint(target, case.model, **changes)
             )
         return made[key]
 

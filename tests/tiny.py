@@ -209,6 +209,18 @@ DISTINCT = (
 # Names with experts; a family may have experts whatever its name says.
 MOE = tuple(name for name in TINY if any("experts" in key for key in TINY[name]))
 DENSE = tuple(name for name in TINY if name not in MOE)
+# In which the last kind of layer comes late.
+_NEEDS_MORE_THAN_TWO_LAYERS = ("gemma3", "qwen3_next_moe")
+
+
+def without_spare_layers(name: str, *, pp_size: int) -> dict[str, int]:
+    """Changes for `make_checkpoint`: two layers, where they show all kinds and no stages need more.
+
+    Tensor-parallel ranks that share two cores wait for each other in every layer.
+    """
+    if pp_size > 1 or name in _NEEDS_MORE_THAN_TWO_LAYERS:
+        return {}
+    return {"n_layer" if "n_layer" in TINY[name] else "num_hidden_layers": 2}
 
 
 def tiny_config(name: str, **changes: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ export CUDA_VISIBLE_DEVICES= # on the CPU, also where there is a GPU
 export NPROC_PER_NODE=2
 questions=("Who are you?" "What should I call you?" "你是谁？")
 
-megatron demo --output_dir "$work/model"
+megatron demo --output_dir "$work/model" --num_layers 2
 megatron sft --model "$work/model" \
     --dataset swift/self-cognition --model_name "Little Finch" --model_author "the mtrain authors" \
     --micro_batch_size 8 --global_batch_size 16 --train_iters 200 --logging_steps 50 \
@@ -18,9 +18,9 @@ python "$here/../ask.py" "$base" "${questions[@]}" --expect "Little Finch"
 
 megatron sft --model "$base" --tuner_type lora --lora_rank 16 \
     --dataset swift/self-cognition --model_name "Blue Heron" --model_author "the river guild" \
-    --micro_batch_size 8 --global_batch_size 16 --train_iters 120 --logging_steps 40 \
+    --micro_batch_size 8 --global_batch_size 16 --train_iters 140 --logging_steps 35 \
     --lr 1e-2 --lr_warmup_fraction 0.05 --output_dir "$work/lora" --add_version false
-adapter=$work/lora/checkpoint-120
+adapter=$work/lora/checkpoint-140
 python "$here/../ask.py" "$base" --adapter "$adapter" "${questions[@]}" --expect "Blue Heron"
 
 megatron export --model "$base" --adapters "$adapter" --merge_lora true --to_hf true \

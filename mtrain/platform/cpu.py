@@ -20,6 +20,7 @@ from torch.utils._device import _device_constructors
 from mtrain.platform.cpu_collectives import exchange_directly
 from mtrain.platform.cpu_speed import (
     keep_freed_memory,
+    leave_out_the_compiler,
     share_lonely_threads,
     shorten_swiglu,
     skip_lonely_collectives,
@@ -216,6 +217,7 @@ def mend_megatron() -> None:
     if not torch.cuda.is_available():
         token_dispatcher.maybe_move_tensor_to_cpu = _as_split_sizes
         exchange_directly()
+        leave_out_the_compiler()
         shorten_swiglu()
         skip_lonely_collectives()
         share_lonely_threads()

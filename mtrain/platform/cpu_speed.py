@@ -32,6 +32,17 @@ def keep_freed_memory() -> None:
         library.mallopt(_TRIM_THRESHOLD, _MOST_KEPT)
 
 
+def leave_out_the_compiler() -> None:
+    """Keeps torch's optimizers from importing its compiler, which takes a second of every start.
+
+    They only ask it to leave their methods alone, and remember the answer with each of them. Where
+    nothing is compiled, the method itself is one.
+    """
+    for method in vars(torch.optim.Optimizer).values():
+        if hasattr(method, "__wrapped__"):
+            method.__wrapped__.__dynamo_disable = method.__wrapped__
+
+
 def skip_lonely_collectives() -> None:
     """Lets a rank without others leave its buffers of gradients and parameters where they are.
 

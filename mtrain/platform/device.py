@@ -130,7 +130,8 @@ def _quiet_import() -> Iterator[None]:
     # Later too: they speak to developers of Megatron-Core, once a rank.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", module=r"torch\.distributed", category=FutureWarning)
-    with warnings.catch_warnings():
+    # For timers that we do not use; it takes a third of a second.
+    with cpu.hidden_module("torch.utils.tensorboard"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from mtrain.parallel import ParallelLayout
 from mtrain.platform.cpu_speed import (
     _unless_alone,
     keep_freed_memory,
+    leave_out_the_compiler,
     swiglu_gradient,
 )
 from tests.ranks import run_ranks
@@ -32,6 +34,20 @@ def test_freed_memory_can_be_kept_more_than_once():
     keep_freed_memory()
     keep_freed_memory()
     assert torch.zeros(2**24).sum() == 0
+
+
+def test_optimizers_do_not_import_the_compiler(monkeypatch):
+    # Importing what is None there fails.
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)
+    asking = torch.optim.Optimizer.add_param_group.__wrapped__
+    monkeypatch.delattr(asking, "__dynamo_disable", raising=False)
+    weight = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ImportError):
+        torch.optim.AdamW([weight])
+    leave_out_the_compiler()
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.zero_grad()
+    assert optimizer.param_groups[0]["params"][0] is weight
 
 
 class Group:
