@@ -49,14 +49,7 @@ WHOLE_GRADIENTS = ParallelConfig(use_distributed_optimizer=False)
 
 
 def train(
-    state,
-    folder,
-    lora,
-    values,
-    output,
-    training=None,
-    parallel=WHOLE_GRADIENTS,
-    num_next_tokens=0,
+    state, folder, lora, values, output, training=None, parallel=WHOLE_GRADIENTS, num_next_tokens=0
 ):
     """Losses, gradient norms, gradients of the first step, and factors after all steps."""
     table = weight_table(read_config(folder), num_next_tokens)
