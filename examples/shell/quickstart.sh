@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Teaches a tiny Qwen3 who it is, gives it another name by LoRA, and asks it: a minute on two cores.
+# Teaches a tiny Qwen3 who it is, gives it another name by LoRA, and asks it: 1.5 minutes on two cores.
 #     examples/shell/quickstart.sh [new folder]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
