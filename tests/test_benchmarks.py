@@ -91,7 +91,7 @@ def test_tokenising_is_compared_with_the_library_alone(tmp_path: Path) -> None:
     assert names == ["what", "---", "prepare", "tokenizers alone"]
 
 
-def loss_curves(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def curve_flags(folder: Path) -> list[str]:
     data = folder / "rows.json"
     data.write_text(json.dumps([{"instruction": f"say {n}", "output": f"{n}"} for n in range(99)]))
     flags = {
@@ -104,13 +104,13 @@ def loss_curves(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         "work": folder,
         "log_dir": folder / "curves",
     }
-    given = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    command = [sys.executable, ROOT / "benchmarks" / "loss_curves.py", *given, *words]
-    return subprocess.run(command, check=False, capture_output=True, text=True)
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
 def test_loss_curves_agree_without_fusions_and_with_a_plain_step(tmp_path: Path) -> None:
-    done = loss_curves(tmp_path, "--variants", "te", "torch", "torch-unfused", "plain")
+    variants = ("--variants", "te", "torch", "torch-unfused", "plain")
+    command = [sys.executable, ROOT / "benchmarks" / "loss_curves.py", *curve_flags(tmp_path)]
+    done = subprocess.run([*command, *variants], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows] == ["| variant", "| torch", "| torch-unfused", "| plain"]
@@ -124,8 +124,19 @@ def test_loss_curves_agree_without_fusions_and_with_a_plain_step(tmp_path: Path)
         assert other["grad_norm"] == pytest.approx(torch["grad_norm"], rel=1e-4)
 
 
-def test_loss_curves_say_which_variant_failed(tmp_path: Path) -> None:
-    words = ("--variants", "torch", "plain", "--", "--recompute_granularity", "no")
-    done = loss_curves(tmp_path, *words)
-    assert done.returncode == 1
-    assert "| torch | failed |\n| plain | failed |" in done.stdout
+def test_loss_curves_say_which_variant_failed(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import loss_curves
+
+    def call(function, *arguments):
+        if function is loss_curves.train_ours:
+            raise RuntimeError("no memory left")
+        return function(*arguments)
+
+    monkeypatch.setattr(loss_curves, "in_own_process", call)
+    words = [*curve_flags(tmp_path), "--variants", "torch", "plain"]
+    monkeypatch.setattr(sys, "argv", ["loss_curves.py", *words])
+    assert loss_curves.main() == 1
+    shown = capsys.readouterr()
+    assert "| torch | failed |\n| plain | failed |" in shown.out
+    assert "no memory left" in shown.err

@@ -94,7 +94,6 @@ def mcore(machine) -> Path:
         machine,
         *("--model", str(machine.model), "--output_dir", str(folder), "--to_mcore", "true"),
         *PROOF,
-        is_afresh=True,
     )
     return folder
 
@@ -118,6 +117,8 @@ def mcore_adapter(machine, adapter) -> Path:
         *("--model", str(machine.model), "--adapters", str(adapter), "--output_dir", str(folder)),
         *("--merge_lora", "false", "--to_mcore", "true"),
         *PROOF,
+        num_ranks=1,
+        is_afresh=True,
     )
     return folder
 

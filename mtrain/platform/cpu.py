@@ -2,8 +2,9 @@
 
 Megatron-Core 0.16.1 names CUDA outright: `torch.cuda.current_device()`, `device="cuda"`, streams,
 CUDA random states, `'torch.cuda.FloatTensor'`; and in two places it uses names that only exist when
-Transformer Engine is installed. Beside `weight_gradients` this file is the one place that patches
-other libraries. Where there is a GPU with Transformer Engine it changes nothing.
+Transformer Engine is installed. Beside `weight_gradients` this file, and the two `cpu_*` ones that
+it calls, are the one place that patches other libraries. Where there is a GPU with Transformer
+Engine it changes nothing.
 Each stand-in says which call needs it; the rest of mtrain asks `mtrain.platform.device`.
 """
 
