@@ -220,7 +220,7 @@ def without_spare_layers(name: str, *, pp_size: int) -> dict[str, int]:
     """
     if pp_size > 1 or name in _NEEDS_MORE_THAN_TWO_LAYERS:
         return {}
-    return {"n_layer" if "n_layer" in TINY[name] else "num_hidden_layers": 2}
+    return {"num_hidden_layers": 2}
 
 
 def tiny_config(name: str, **changes: Any) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class RotarySelfAttention(SelfAttention):
             # Megatron-Core gathers heads that ranks share.
             and config.num_query_groups >= self.world_size
         )
+        self.is_recomputed_or_gated = self.checkpoint_core_attention or config.attention_output_gate
 
     def forward(
         self,
@@ -64,13 +65,31 @@ class RotarySelfAttention(SelfAttention):
         attention_mask: torch.Tensor | None,
         *args: Any,
         rotary_pos_emb: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None,
+        packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Megatron-Core's, with queries and keys rotated as soon as they are there."""
         self._cosines_and_sines = self._choose(rotary_pos_emb)
-        output = super().forward(hidden_states, attention_mask, *args, **kwargs)
+        if self.is_recomputed_or_gated:
+            kwargs["packed_seq_params"] = packed_seq_params
+            output = super().forward(hidden_states, attention_mask, *args, **kwargs)
+        else:
+            output = self._attend(hidden_states, packed_seq_params)
         self._cosines_and_sines = None
         return output
+
+    def _attend(
+        self, hidden_states: torch.Tensor, packed: PackedSeqParams | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Without what Megatron-Core does for inference and offloading; see `DecoderLayer`."""
+        heads = self.get_query_key_value_tensors(hidden_states)
+        is_flat = packed is not None and packed.qkv_format == "thd"
+        if is_flat:
+            heads = [tensor.squeeze(1) for tensor in heads]
+        output = self.core_attention(
+            *heads, None, attn_mask_type=self.attn_mask_type, packed_seq_params=packed
+        )
+        return self.linear_proj(output.reshape(len(output), 1, -1) if is_flat else output)
 
     def get_query_key_value_tensors(
         self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any

@@ -30,7 +30,6 @@ from megatron.core.transformer.transformer_config import (
     TransformerConfig,
 )
 from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
@@ -41,6 +40,7 @@ from mtrain.model.delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from mtrain.model.dispatch import ExpertLayer
 from mtrain.model.experts import GroupedExperts
 from mtrain.model.latent_attention import LatentSelfAttention
+from mtrain.model.layer import DecoderLayer
 from mtrain.model.linear import ColumnLinear, RowLinear
 from mtrain.model.mlp import GatedMLP
 from mtrain.model.next_tokens import NextTokenLayer
@@ -229,7 +229,7 @@ def layer_spec(
     if layers.has_sublayer_norms:
         add = ModuleSpec(module=NormedResidual, params={"config": config})
     return ModuleSpec(
-        module=TransformerLayer,
+        module=DecoderLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,

@@ -26,8 +26,10 @@ def add_product(
     beta = 0 if overwrites else 1
     if total.is_cuda and total.dtype == torch.float32 and left.dtype != total.dtype:
         torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, out=total)
-    else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype), beta=beta)
+        return
+    if left.dtype != total.dtype:
+        left, right = left.to(total.dtype), right.to(total.dtype)
+    total.addmm_(left, right, beta=beta)
 
 
 def add_to_main_grad(
