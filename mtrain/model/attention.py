@@ -63,23 +63,27 @@ class RotarySelfAttention(SelfAttention):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        *args: Any,
+        *,
         rotary_pos_emb: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None,
         packed_seq_params: PackedSeqParams | None = None,
-        **kwargs: Any,
+        **unused: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Megatron-Core's, with queries and keys rotated as soon as they are there."""
         self._cosines_and_sines = self._choose(rotary_pos_emb)
         if self.is_recomputed_or_gated:
-            kwargs["packed_seq_params"] = packed_seq_params
-            output = super().forward(hidden_states, attention_mask, *args, **kwargs)
+            output = super().forward(
+                hidden_states, attention_mask, packed_seq_params=packed_seq_params, **unused
+            )
         else:
-            output = self._attend(hidden_states, packed_seq_params)
+            output = self._attend(hidden_states, attention_mask, packed_seq_params)
         self._cosines_and_sines = None
         return output
 
     def _attend(
-        self, hidden_states: torch.Tensor, packed: PackedSeqParams | None
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        packed: PackedSeqParams | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Without what Megatron-Core does for inference and offloading; see `DecoderLayer`."""
         heads = self.get_query_key_value_tensors(hidden_states)
@@ -87,7 +91,10 @@ class RotarySelfAttention(SelfAttention):
         if is_flat:
             heads = [tensor.squeeze(1) for tensor in heads]
         output = self.core_attention(
-            *heads, None, attn_mask_type=self.attn_mask_type, packed_seq_params=packed
+            *heads,
+            attention_mask,
+            attn_mask_type=self.attn_mask_type,
+            packed_seq_params=packed,
         )
         return self.linear_proj(output.reshape(len(output), 1, -1) if is_flat else output)
 

@@ -8,6 +8,7 @@ models wait for the host. Where parts of a layer are recomputed, the pass is Meg
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from mtrain.model.residual import NormedResidual, OutputWithBias
@@ -29,31 +30,32 @@ class DecoderLayer(TransformerLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: None = None,
-        *args: Any,
+        *,
+        rotary_pos_emb: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         padding_mask: torch.Tensor | None = None,
-        **of_attention: Any,
+        **unused: Any,
     ) -> tuple[torch.Tensor, None]:
         """Runs the layer.
 
         Args:
             hidden_states: [seq (/ tp_size), batch, hidden].
             attention_mask: Always None; attention is causal.
-            *args: As for Megatron-Core's class.
+            rotary_pos_emb: Cosines and sines of every token, see `RotarySelfAttention`.
+            packed_seq_params: Document boundaries of a pack.
             padding_mask: bool [batch, seq], see `LanguageModel`.
-            **of_attention: For the attention layer; what is for inference is None.
+            **unused: Of Megatron-Core's class, for inference and cross-attention: all None.
 
         Returns:
             Hidden states likewise, and no context.
         """
+        of_attention = {"rotary_pos_emb": rotary_pos_emb, "packed_seq_params": packed_seq_params}
         if self.is_recomputed_in_part:
             return super().forward(
-                hidden_states, attention_mask, *args, padding_mask=padding_mask, **of_attention
+                hidden_states, attention_mask, padding_mask=padding_mask, **of_attention, **unused
             )
         attended = self.self_attention(
-            self.input_layernorm(hidden_states),
-            attention_mask,
-            rotary_pos_emb=of_attention.get("rotary_pos_emb"),
-            packed_seq_params=of_attention.get("packed_seq_params"),
+            self.input_layernorm(hidden_states), attention_mask, **of_attention
         )
         hidden_states = _add(self.self_attn_bda, attended, hidden_states)
         output = self.mlp(self.pre_mlp_layernorm(hidden_states), padding_mask=padding_mask)

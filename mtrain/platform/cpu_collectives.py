@@ -20,9 +20,8 @@ def exchange_directly() -> None:
 
     mappings._gather_along_first_dim = gather_parts
     mappings._reduce_scatter_along_first_dim = reduce_scatter_parts
-    for module in (layers, mappings):
-        module.dist_all_gather_func = all_gather
-        module.dist_reduce_scatter_func = reduce_scatter
+    layers.dist_all_gather_func = mappings.dist_all_gather_func = all_gather
+    layers.dist_reduce_scatter_func = reduce_scatter
 
 
 def gather_parts(
@@ -40,8 +39,9 @@ def gather_parts(
     """
     if group.size() == 1:
         return part
-    sizes = output_split_sizes or [len(part)] * group.size()
-    whole = part.new_empty(sum(sizes), *part.shape[1:])
+    sizes = output_split_sizes
+    num_rows = len(part) * group.size() if sizes is None else sum(sizes)
+    whole = part.new_empty(num_rows, *part.shape[1:])
     all_gather(whole, part, group=group, sizes=sizes)
     return whole
 
@@ -61,9 +61,10 @@ def reduce_scatter_parts(
     """
     if group.size() == 1:
         return whole
-    assert input_split_sizes or len(whole) % group.size() == 0, (whole.shape, group.size())
-    sizes = input_split_sizes or [len(whole) // group.size()] * group.size()
-    part = whole.new_empty(sizes[group.rank()], *whole.shape[1:])
+    sizes = input_split_sizes
+    assert sizes is not None or len(whole) % group.size() == 0, (whole.shape, group.size())
+    own_size = len(whole) // group.size() if sizes is None else sizes[group.rank()]
+    part = whole.new_empty(own_size, *whole.shape[1:])
     reduce_scatter(part, whole, group=group, sizes=sizes)
     return part
 
@@ -77,9 +78,10 @@ def all_gather(
     sizes: list[int] | None = None,
 ) -> Any:
     """As `torch.distributed.all_gather_into_tensor`, also for parts of different `sizes`."""
-    copies = part.expand(group.size(), *part.shape).flatten(0, 1).contiguous()
-    own_sizes = None if sizes is None else [len(part)] * group.size()
-    return dist.all_to_all_single(whole, copies, sizes, own_sizes, group=group, async_op=async_op)
+    copies = torch.cat([part] * group.size())
+    return dist.all_to_all_single(
+        whole, copies, output_split_sizes=sizes, group=group, async_op=async_op
+    )
 
 
 def reduce_scatter(
@@ -95,13 +97,17 @@ def reduce_scatter(
     Sums go from the first rank to the last.
     """
     parts = part.new_empty(group.size(), *part.shape)
-    own_sizes = None if sizes is None else [len(part)] * group.size()
     work = dist.all_to_all_single(
-        parts.flatten(0, 1), whole.contiguous(), own_sizes, sizes, group=group, async_op=async_op
+        parts.flatten(0, 1),
+        whole.contiguous(),
+        input_split_sizes=sizes,
+        group=group,
+        async_op=True,
     )
+    result = _Sum(work, parts, part)
     if async_op:
-        return _Sum(work, parts, part)
-    torch.sum(parts, dim=0, dtype=part.dtype, out=part)
+        return result
+    result.wait()
     return None
 
 

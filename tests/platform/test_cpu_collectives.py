@@ -79,12 +79,15 @@ def test_one_rank_keeps_what_it_has():
 def replaced(state):
     from megatron.core.tensor_parallel import layers, mappings
 
-    return [
-        (module.dist_all_gather_func is all_gather)
-        and (module.dist_reduce_scatter_func is reduce_scatter)
-        for module in (layers, mappings)
+    pairs = [
+        (layers.dist_all_gather_func, all_gather),
+        (layers.dist_reduce_scatter_func, reduce_scatter),
+        (mappings.dist_all_gather_func, all_gather),
+        (mappings._gather_along_first_dim, gather_parts),
+        (mappings._reduce_scatter_along_first_dim, reduce_scatter_parts),
     ]
+    return [theirs is ours for theirs, ours in pairs]
 
 
 def test_megatron_core_asks_them():
-    assert run_ranks(ParallelLayout(), replaced) == [[True, True]]
+    assert run_ranks(ParallelLayout(), replaced) == [[True] * 5]
