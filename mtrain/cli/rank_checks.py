@@ -15,7 +15,7 @@ from mtrain.cli.adapter_source import AdapterSource
 from mtrain.cli.model_source import ModelSource
 from mtrain.config import ExportConfig, ModelConfig, ParallelConfig, SftConfig, config_to_dict
 from mtrain.parallel import World
-from mtrain.platform.device import collective_backend, device_info
+from mtrain.platform.device import collective_backend, device_info, has_gpu
 
 if TYPE_CHECKING:
     from mtrain.data.tokenize import PreparedData
@@ -44,6 +44,12 @@ def check_attention(model: ModelConfig, *, backend: str) -> None:
             f"--attention_backend {model.attention_backend} is a kernel of Transformer Engine, and "
             "the torch backend is used here; use auto"
         )
+
+
+def check_cuda_graphs(model: ModelConfig) -> None:
+    """Refuses to record kernels where there is no GPU."""
+    if model.cuda_graph_impl == "local" and not has_gpu():
+        raise ValueError("--cuda_graph_impl local: there is no GPU; use auto or none")
 
 
 def check_same_inputs(

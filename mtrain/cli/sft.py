@@ -24,7 +24,8 @@ from mtrain.cli.loading import find_backend, load_adapter, load_model, start_par
 from mtrain.cli.model_source import hf_names, stored_names
 from mtrain.cli.notices import finished_notice, start_notice, stop_notice
 from mtrain.cli.preparation import Inputs, open_inputs
-from mtrain.cli.rank_checks import check_same_inputs
+from mtrain.cli.rank_checks import check_cuda_graphs, check_same_inputs
+from mtrain.cli.replaying import replay_where_possible
 from mtrain.cli.resuming import (
     ResumePoint,
     find_resume_point,
@@ -83,6 +84,7 @@ def run(config: SftConfig, here: Placement, clock: StartClock) -> int:
     """
     started = datetime.now()
     backend = find_backend(config)
+    check_cuda_graphs(config.model)
     inputs = open_inputs(config, world_size=here.world_size, data_key=here.data_key)
     point = find_resume_point(config)
     clock.end_phase("checks")
@@ -142,6 +144,7 @@ def _wrap(
         parallel=config.parallel,
         grad_reduce_in_fp32=config.training.accumulate_allreduce_grads_in_fp32,
     )
+    replay_where_possible(bare, chunks, config, world_size=state.layout.world_size)
     optimizer = build_optimizer(chunks, config.optimizer)
     return TrainingRun(
         config=config,

@@ -18,7 +18,7 @@ from mtrain.config.run import ExportConfig, SftConfig
 from mtrain.config.training import TrainingConfig
 from mtrain.config.tuner import TunerConfig
 
-__all__ = ["check_export", "check_sft"]
+__all__ = ["check_export", "check_sft", "why_not_recorded"]
 
 
 def check_sft(config: SftConfig, *, world_size: int) -> None:
@@ -40,6 +40,7 @@ def check_sft(config: SftConfig, *, world_size: int) -> None:
     if config.training.train_iters is None and config.training.num_train_epochs is None:
         raise ValueError("give --num_train_epochs or --train_iters")
     _check_recompute(config.training)
+    _check_cuda_graphs(config, world_size=world_size)
     _check_schedule(config.optimizer, train_iters=config.training.train_iters)
     _check_shard_size(config.checkpoint.max_shard_size)
     _check_fp8_training(config)
@@ -296,6 +297,27 @@ def _check_recompute(training: TrainingConfig) -> None:
         value = getattr(training, name)
         if value is not None:
             raise ValueError(f"--{name} {value} is only for --recompute_granularity full")
+
+
+def why_not_recorded(config: SftConfig, *, world_size: int) -> str:
+    """What of the settings keeps layers from being recorded as CUDA graphs; empty if nothing does.
+
+    Args:
+        config: Resolved.
+        world_size: Ranks of the run.
+    """
+    reasons = {
+        "needs --packing true, whose batches have one shape": not config.data.packing,
+        "works on one GPU": world_size > 1,
+        "needs --recompute_granularity none": config.training.recompute_granularity != "none",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _check_cuda_graphs(config: SftConfig, *, world_size: int) -> None:
+    reason = why_not_recorded(config, world_size=world_size)
+    if reason and config.model.cuda_graph_impl == "local":
+        raise ValueError(f"--cuda_graph_impl local {reason}")
 
 
 def _check_schedule(optimizer: OptimizerConfig, *, train_iters: int | None) -> None:

@@ -72,6 +72,12 @@ class ModelConfig:
     gradient_accumulation_fusion: bool = flag(
         True, "Accumulate weight gradients inside the matrix product, where the kernel exists."
     )
+    cuda_graph_impl: str = flag(
+        "auto",
+        "Start the kernels of all layers with one call: local (recorded by this process; packs on "
+        "one GPU), none, auto (local where it can be).",
+        choices=("auto", "local", "none"),
+    )
     cross_entropy_loss_fusion: bool = flag(True, "Fuse the steps of the cross-entropy.")
     cross_entropy_fusion_impl: str = flag(
         "native", "Which fused cross-entropy.", choices=("native", "te")

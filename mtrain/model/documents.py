@@ -20,7 +20,7 @@ from mtrain.platform.device import has_triton
 if TYPE_CHECKING:
     from mtrain.model.kernels.packed_attention import AttentionBlocks
 
-__all__ = ["PackedDocuments", "pack_documents"]
+__all__ = ["PackedDocuments", "has_blocks_everywhere", "pack_documents"]
 
 _OLDEST_GPU = (9, 0)  # Hopper
 
@@ -31,9 +31,12 @@ class PackedDocuments(PackedSeqParams):
 
     Attributes:
         blocks: None where they are not used.
+        is_replayed: Whether layers are recorded: kernels of others are planned by the host, so ours
+            are taken, if they are there, even where those would be faster.
     """
 
     blocks: AttentionBlocks | None = None
+    is_replayed: bool = False
 
     def kernels(
         self,
@@ -77,25 +80,38 @@ def pack_documents(
         max_seqlen_q=bound,
         max_seqlen_kv=bound,
     )
-    if cu_seqlens.is_cuda and _may_choose(config) and _is_recent(cu_seqlens.device):
-        from mtrain.model.kernels.packed_attention import attention_blocks, has_kernels
+    if cu_seqlens.is_cuda and _has_kernels(config):
+        from mtrain.model.kernels.packed_attention import attention_blocks
 
-        group_size = config.num_attention_heads // config.num_query_groups
-        if has_kernels(group_size, config.kv_channels):
-            documents.blocks = attention_blocks(cu_seqlens, num_tokens, group_size)
+        documents.blocks = attention_blocks(cu_seqlens, num_tokens, _group_size(config))
     return documents
 
 
-def _may_choose(config: TransformerConfig) -> bool:
+def has_blocks_everywhere(config: TransformerConfig) -> bool:
+    """Whether kernels of ours attend in every layer, unless tensors are laid out in a strange way.
+
+    Args:
+        config: Model shape and attention kernel.
+    """
+    is_plain = config.window_size is None and config.softmax_type == "vanilla"
+    return is_plain and torch.cuda.is_available() and _has_kernels(config)
+
+
+def _has_kernels(config: TransformerConfig) -> bool:
     """Whether kernels of ours are there, nobody asks for others, and heads may be theirs."""
     is_half = config.params_dtype in (torch.bfloat16, torch.float16)
     is_free = config.attention_backend is AttnBackend.auto
-    return has_triton() and is_half and is_free and not config.multi_latent_attention
+    if not (has_triton() and is_half and is_free) or config.multi_latent_attention:
+        return False
+    from mtrain.model.kernels.packed_attention import has_kernels
+
+    # The GPU copies blocks of tensors by itself, which the kernels ask of it.
+    is_recent = torch.cuda.get_device_capability() >= _OLDEST_GPU
+    return is_recent and has_kernels(_group_size(config), config.kv_channels)
 
 
-def _is_recent(device: torch.device) -> bool:
-    """Whether the GPU copies blocks of tensors by itself, which our kernels ask of it."""
-    return torch.cuda.get_device_capability(device) >= _OLDEST_GPU
+def _group_size(config: TransformerConfig) -> int:
+    return config.num_attention_heads // config.num_query_groups
 
 
 def _power_of_two_above(length: int) -> int:

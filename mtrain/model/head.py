@@ -35,7 +35,7 @@ from mtrain.model.loss import (
     softmax_statistics,
     statistics_and_gradient,
 )
-from mtrain.platform.weight_gradients import add_product
+from mtrain.platform.weight_gradients import add_product, stand_in_gradient
 
 __all__ = ["LossTargets", "OutputLayer", "linear_cross_entropy"]
 
@@ -340,17 +340,11 @@ def _the_one(ratio: torch.Tensor) -> torch.Tensor:
 def _settle_main_grad(
     weight: torch.Tensor, ratio: torch.Tensor, head: _Head
 ) -> torch.Tensor | None:
-    """Checks what forward added to the main gradient; returns what autograd gets instead.
-
-    Source: Megatron-Core's data parallelism adds `grad` to `main_grad` in a hook of the parameter
-    unless `grad_added_to_main_grad`. The hook must run in the device's thread of autograd, in one
-    order on all ranks, which only a gradient that is a tensor ensures.
-    """
+    """Checks what forward added to the main gradient; returns what autograd gets instead."""
     main_grad = weight.main_grad
     is_as_promised = ((ratio - 1).abs() <= _TOLERANCE).all()
     main_grad.view(-1)[:1] += torch.where(is_as_promised, 0.0, torch.nan)
     if head.has_other_gradient:
         return None
     weight.grad_added_to_main_grad = True
-    # Nobody reads it. Memory of the right size is there already.
-    return main_grad.view(-1).view(weight.dtype)[: weight.numel()].view(weight.shape)
+    return stand_in_gradient(weight)

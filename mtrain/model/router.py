@@ -50,7 +50,8 @@ class BalancedRouter(TopKRouter):
         self._num_tokens: torch.Tensor | None = None
         if padding_mask is not None:
             self._num_tokens = (~padding_mask).sum()
-            dist.all_reduce(self._num_tokens, group=self.tp_cp_group)
+            if self.tp_cp_group.size() > 1:
+                dist.all_reduce(self._num_tokens, group=self.tp_cp_group)
             # A mean over no tokens is NaN: for pure padding take all of them, times zero below.
             padding_mask = padding_mask & (self._num_tokens > 0)
         return super().routing(logits, padding_mask)

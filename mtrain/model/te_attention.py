@@ -58,7 +58,7 @@ class TransformerEngineAttention(TEDotProductAttention):
 
         Rows: see Megatron-Core's class.
         """
-        if _is_short(packed_seq_params):
+        if _is_for_ours(packed_seq_params):
             arguments = FlashArguments(
                 scale=self.scale, window=self.window, longest=packed_seq_params.max_seqlen_q
             )
@@ -72,6 +72,8 @@ class TransformerEngineAttention(TEDotProductAttention):
         )
 
 
-def _is_short(packed: PackedSeqParams | None) -> bool:
-    """Whether documents are packed and none is long."""
-    return isinstance(packed, PackedDocuments) and packed.max_seqlen_q <= _LONGEST_FOR_OURS
+def _is_for_ours(packed: PackedSeqParams | None) -> bool:
+    """Whether documents are packed and none is long, or nobody else may attend."""
+    return isinstance(packed, PackedDocuments) and (
+        packed.is_replayed or packed.max_seqlen_q <= _LONGEST_FOR_OURS
+    )

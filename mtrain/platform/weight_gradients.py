@@ -9,7 +9,13 @@ from types import SimpleNamespace
 
 import torch
 
-__all__ = ["add_product", "add_to_main_grad", "install_weight_gradients"]
+__all__ = [
+    "add_gradient",
+    "add_product",
+    "add_to_main_grad",
+    "install_weight_gradients",
+    "stand_in_gradient",
+]
 
 
 def add_product(
@@ -46,14 +52,40 @@ def add_to_main_grad(
         input_: [rows, in].
 
     Returns:
-        What a function's backward pass returns for the weight. Nobody reads it: see
-        `mtrain.model.head` on why there is one.
+        What a function's backward pass returns for the weight, see `stand_in_gradient`.
     """
     overwrites = getattr(weight, "overwrites_main_grad", False)
     add_product(weight.main_grad, output_grad.t(), input_, overwrites=overwrites)
     weight.overwrites_main_grad = False
     weight.grad_added_to_main_grad = True
-    return torch.empty_like(weight)
+    return stand_in_gradient(weight)
+
+
+def stand_in_gradient(weight: torch.Tensor) -> torch.Tensor:
+    """What autograd gets where the gradient is in `main_grad` already; nobody reads it.
+
+    Memory of the right size is there already.
+
+    Source: Megatron-Core's data parallelism adds `grad` to `main_grad` in a hook of the parameter
+    unless `grad_added_to_main_grad`. The hook must run in the device's thread of autograd, in one
+    order on all ranks, which only a gradient that is a tensor ensures.
+    """
+    return weight.main_grad.view(-1).view(weight.dtype)[: weight.numel()].view(weight.shape)
+
+
+def add_gradient(weight: torch.Tensor, grad: torch.Tensor) -> None:
+    """Adds a gradient that comes from autograd, unless its function has done so.
+
+    Args:
+        weight: Any shape, with `main_grad`.
+        grad: As the weight.
+    """
+    if weight.grad_added_to_main_grad:
+        return
+    if getattr(weight, "overwrites_main_grad", False):
+        weight.main_grad.zero_()
+        weight.overwrites_main_grad = False
+    weight.main_grad.add_(grad)
 
 
 def _accumulate(

@@ -11,7 +11,7 @@ adds to it, or reads it, zeros are made up for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -47,6 +47,12 @@ class DataParallel(DistributedDataParallel):
                     yield buffer.grad_data[start:first]
                     start = end
             yield buffer.grad_data[start:]
+
+    def leave(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """No longer watches for gradients of these, which others add to their main gradients."""
+        assert not self.ddp_config.overlap_grad_reduce, "reductions wait for gradients"
+        left = {id(parameter) for parameter in parameters}
+        self.grad_accs = [node for node in self.grad_accs if id(node.variable) not in left]
 
     def zero_grad_buffer(self) -> None:
         """Begins a step."""

@@ -122,6 +122,16 @@ def test_good_combinations_pass(flags: dict[str, object]) -> None:
             {"packing": True, "max_length": 64, "packing_length": 32},
             "--packing_length 32 must be at least --max_length 64",
         ),
+        ({"cuda_graph_impl": "local"}, "--cuda_graph_impl local needs --packing true"),
+        (
+            {
+                "cuda_graph_impl": "local",
+                "packing": True,
+                "max_length": 64,
+                "recompute_granularity": "selective",
+            },
+            "--cuda_graph_impl local needs --recompute_granularity none",
+        ),
         ({"recompute_method": "block"}, "only for --recompute_granularity full"),
         (
             {"recompute_granularity": "selective", "recompute_num_layers": 2},

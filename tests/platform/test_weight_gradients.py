@@ -4,6 +4,7 @@ from megatron.core.tensor_parallel import layers
 
 from mtrain.platform.device import prepare_megatron
 from mtrain.platform.weight_gradients import (
+    add_gradient,
     add_product,
     add_to_main_grad,
     install_weight_gradients,
@@ -28,6 +29,21 @@ def test_the_gradient_of_a_weight_goes_to_its_main_gradient() -> None:
     assert unread.shape == weight.shape
     assert weight.grad_added_to_main_grad
     torch.testing.assert_close(weight.main_grad, 1 + grad.t() @ inputs)
+    # It takes no memory of its own.
+    assert unread.data_ptr() == weight.main_grad.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("is_added", "overwrites", "expected"),
+    [(True, False, 1.0), (False, False, 3.0), (False, True, 2.0)],
+)
+def test_a_gradient_of_autograd_is_added_once(is_added, overwrites, expected) -> None:
+    weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    weight.main_grad, weight.grad_added_to_main_grad = torch.ones(3), is_added
+    weight.overwrites_main_grad = overwrites
+    add_gradient(weight, torch.full((3,), 2.0, dtype=torch.bfloat16))
+    assert torch.equal(weight.main_grad, torch.full((3,), expected))
+    assert not weight.overwrites_main_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -99,3 +99,24 @@ def through_autograd(state: ParallelState, folder: Path) -> bool:
 def test_a_gradient_from_autograd_is_added_to_zeros(tmp_path):
     folder = make_checkpoint(tmp_path, "qwen3")
     assert run_ranks(ParallelLayout(), through_autograd, folder) == [True]
+
+
+def left_alone(state: ParallelState, folder: Path) -> list[bool]:
+    """Whether the gradient of a weight reached its main gradient: watched, and left."""
+    found = []
+    for leaves in (False, True):
+        bare = load_model(state, folder)
+        weight = bare[0].decoder.layers[1].mlp.linear_fc2.weight
+        [chunk] = wrap_chunks(bare, parallel=ParallelConfig(), grad_reduce_in_fp32=True)
+        if leaves:
+            chunk.leave([weight])
+        chunk.zero_grad_buffer()
+        batches = [packed(documents(3))]
+        run_schedule([chunk], batches, scale=torch.tensor(1.0), forward_only=False)
+        found.append(bool(weight.main_grad.any()))
+    return found
+
+
+def test_gradients_of_parameters_that_it_leaves_are_left_to_others(tmp_path):
+    folder = make_checkpoint(tmp_path, "qwen3")
+    assert run_ranks(ParallelLayout(), left_alone, folder) == [[True, False]]

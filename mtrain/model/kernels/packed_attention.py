@@ -77,6 +77,11 @@ class AttentionBlocks:
     of_keys: torch.Tensor
     group_size: int
 
+    def copy_(self, other: AttentionBlocks) -> None:
+        """Takes over maps of the same sizes."""
+        self.of_queries.copy_(other.of_queries)
+        self.of_keys.copy_(other.of_keys)
+
 
 def has_kernels(group_size: int, head_dim: int) -> bool:
     """Whether there are kernels for so many query heads of a key head, of that size."""

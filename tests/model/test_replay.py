@@ -1,0 +1,85 @@
+"""Replayed layers, with a stand-in for graphs that does the work again each time."""
+
+import pytest
+import torch
+
+from tests.adapters import plan_of
+from tests.megatron import SINGLE
+from tests.next_tokens import make_checkpoint_with_next_tokens
+from tests.ranks import run_ranks
+from tests.replays import compare
+from tests.tiny import make_checkpoint
+
+
+class Recorder:
+    """Counts recordings and how often they are repeated."""
+
+    def __init__(self) -> None:
+        self.recorded, self.repeated = 0, 0
+
+    def __call__(self, work):
+        self.recorded += 1
+
+        def repeat():
+            self.repeated += 1
+            work()
+
+        return repeat
+
+
+class FullRecorder(Recorder):
+    """Finds no memory for the second backward."""
+
+    def __call__(self, work):
+        if self.recorded == 3:
+            raise torch.OutOfMemoryError
+        return super().__call__(work)
+
+
+def compare_without_memory(state, folder):
+    recorder = FullRecorder()
+    with pytest.warns(UserWarning, match="no memory to record the layers"):
+        differing = compare(state, folder, recorder)
+    return differing, recorder.recorded
+
+
+def compare_and_count(state, folder, options):
+    recorder = Recorder()
+    differing = compare(state, folder, recorder, **options)
+    return differing, recorder.recorded, recorder.repeated
+
+
+NAMES = ["qwen3_tied", "qwen2", "qwen2_moe", "deepseek_v3", "gpt_oss_moe", "gemma3"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_is_the_same_bit_for_bit(name, tmp_path):
+    folder = make_checkpoint(tmp_path, name)
+    [(differing, recorded, repeated)] = run_ranks(SINGLE, compare_and_count, folder, {})
+    assert differing == []
+    # Forward and backward, of packs of few and of many documents, first and later ones.
+    assert recorded >= 6
+    assert repeated == 2 * 6
+
+
+@pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.0), (torch.bfloat16, 0.2)])
+def test_training_of_an_adapter_is_the_same_bit_for_bit(dtype, dropout, tmp_path):
+    folder = make_checkpoint(tmp_path, "qwen3_moe_mixed")
+    _, lora = plan_of(folder)
+    options = {"lora": lora, "dtype": dtype, "dropout": dropout}
+    [(differing, recorded, repeated)] = run_ranks(SINGLE, compare_and_count, folder, options)
+    assert differing == []
+    assert recorded >= 4
+    assert repeated >= 2 * 6
+
+
+def test_layers_of_multi_token_prediction_stay_as_they_are(tmp_path):
+    folder, _ = make_checkpoint_with_next_tokens(tmp_path / "model", "deepseek_v3")
+    options = {"num_next_tokens": 1}
+    [(differing, *_)] = run_ranks(SINGLE, compare_and_count, folder, options)
+    assert differing == []
+
+
+def test_without_memory_for_a_recording_training_goes_on(tmp_path):
+    folder = make_checkpoint(tmp_path, "qwen3_tied")
+    assert run_ranks(SINGLE, compare_without_memory, folder) == [([], 3)]

@@ -1,0 +1,96 @@
+"""Training with layers that are replayed beside training with layers as they are."""
+
+from pathlib import Path
+
+import torch
+
+from mtrain.config import MoEConfig, OptimizerConfig, ParallelConfig
+from mtrain.model.build import fuse_weight_gradients
+from mtrain.model.replay import replay_layers
+from mtrain.parallel import ParallelState
+from mtrain.platform.cuda_graphs import Record
+from mtrain.training.optimizer import build_optimizer, build_scheduler
+from mtrain.training.random_state import reseed
+from mtrain.training.step import train_step
+from mtrain.training.wrap import unwrap, wrap_chunks
+from tests.adapters import attached
+from tests.megatron import load_model
+from tests.training.rig import documents, packed
+
+STEPS = 4
+# One pack has more documents than fit the fewest that recordings are made for.
+GROUPS = ([3, 5], [70, 2], [4, 4], [66, 3])
+LENGTH = 256
+OPTIMIZER = OptimizerConfig(lr=1e-3, lr_decay_style="constant")
+
+
+def micro_batches(step: int) -> list:
+    """Two packs of one length; there is padding, which is a document of its own."""
+    made = []
+    for index, count in enumerate(GROUPS[step]):
+        seed = 10 * step + index
+        if count > 10:
+            group = [documents(1, shortest=3, seed=seed + number)[0] for number in range(count)]
+        else:
+            group = documents(count, shortest=20, seed=seed)
+        made.append(packed(group, length=LENGTH))
+    return made
+
+
+def train(
+    state: ParallelState,
+    folder: Path,
+    record: Record | None,
+    *,
+    lora=None,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "torch",
+    dropout: float = 0.0,
+    num_next_tokens: int = 0,
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Weights after some steps, and the summed losses and gradient norms of the steps.
+
+    Args:
+        state: The only rank.
+        folder: A checkpoint.
+        record: What replays record with; None: layers as they are.
+        lora: Plan of an adapter; None trains everything.
+        dtype: Of the model.
+        backend: See `build_model`.
+        dropout: Of the adapter.
+        num_next_tokens: Layers of multi-token prediction.
+    """
+    reseed(1)
+    moe = MoEConfig(moe_aux_loss_coeff=(0.01,), moe_z_loss_coeff=0.001)
+    options = {"dtype": dtype, "backend": backend, "moe": moe, "num_next_tokens": num_next_tokens}
+    if lora is None:
+        [model] = load_model(state, folder, **options)
+        # First of all, and no micro-batch uses it.
+        unused = torch.nn.Parameter(torch.zeros(3, 5, dtype=dtype, device=state.device))
+        unused.can_overwrite_main_grad = True
+        model.decoder.register_parameter("unused", unused)
+        fuse_weight_gradients([model])
+    else:
+        [model] = attached(state, folder, lora, dropout=dropout, **options)
+    [chunk] = wrap_chunks([model], parallel=ParallelConfig(), grad_reduce_in_fp32=True)
+    if record is not None:
+        chunk.leave(replay_layers(model, record))
+    optimizer = build_optimizer([chunk], OPTIMIZER)
+    scheduler = build_scheduler(optimizer, OPTIMIZER, total_steps=STEPS)
+    numbers = []
+    for step in range(STEPS):
+        batches = micro_batches(step)
+        result = train_step([chunk], optimizer, scheduler, batches, state=state, step=step)
+        numbers += [*result.sums.tolist(), result.grad_norm]
+    weights = {name: p.detach().cpu().clone() for name, p in unwrap(chunk).named_parameters()}
+    return weights, numbers
+
+
+def compare(state: ParallelState, folder: Path, record: Record, **options) -> list[str]:
+    """Names of what differs with replays; nothing should."""
+    expected, expected_numbers = train(state, folder, None, **options)
+    found, numbers = train(state, folder, record, **options)
+    differing = [name for name in expected if not torch.equal(found[name], expected[name])]
+    if numbers != expected_numbers:
+        differing.append(f"losses and gradient norms {numbers} instead of {expected_numbers}")
+    return differing
