@@ -56,7 +56,13 @@ class Machine:
 
     @property
     def environ(self) -> dict[str, str]:
-        return {"PATH": os.environ["PATH"], "HOME": str(self.home), "OMP_NUM_THREADS": "1"}
+        return {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.home),
+            "OMP_NUM_THREADS": "1",
+            # Commands of several ranks, and what they say, are those of a CPU on any machine.
+            "CUDA_VISIBLE_DEVICES": "",
+        }
 
     def run(self, *words: str, **environ: str) -> Done:
         started = time.monotonic()

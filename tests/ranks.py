@@ -26,7 +26,7 @@ from typing import Any
 from mtrain.parallel import ParallelLayout
 
 TIMEOUT_SECONDS = 60
-_PRELOAD = ["torch", "transformers", "tests.ranks_preload"]
+_PRELOAD = ["tests.ranks_without_gpu", "torch", "transformers", "tests.ranks_preload"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,11 +24,15 @@ LENGTH = 256
 OPTIMIZER = OptimizerConfig(lr=1e-3, lr_decay_style="constant")
 
 
-def micro_batches(step: int) -> list:
+# Nobody hears of gradients of layers that are replayed.
+PARALLEL = ParallelConfig(overlap_grad_reduce=False)
+
+
+def micro_batches(step: int, *, rank: int) -> list:
     """Two packs of one length; there is padding, which is a document of its own."""
     made = []
     for index, count in enumerate(GROUPS[step]):
-        seed = 10 * step + index
+        seed = 1000 * rank + 10 * step + index
         if count > 10:
             group = [documents(1, shortest=3, seed=seed + number)[0] for number in range(count)]
         else:
@@ -51,7 +55,7 @@ def train(
     """Weights after some steps, and the summed losses and gradient norms of the steps.
 
     Args:
-        state: The only rank.
+        state: A data-parallel rank.
         folder: A checkpoint.
         record: What replays record with; None: layers as they are.
         lora: Plan of an adapter; None trains everything.
@@ -72,14 +76,14 @@ def train(
         fuse_weight_gradients([model])
     else:
         [model] = attached(state, folder, lora, dropout=dropout, **options)
-    [chunk] = wrap_chunks([model], parallel=ParallelConfig(), grad_reduce_in_fp32=True)
+    [chunk] = wrap_chunks([model], parallel=PARALLEL, grad_reduce_in_fp32=True)
     if record is not None:
         chunk.leave(replay_layers(model, record))
     optimizer = build_optimizer([chunk], OPTIMIZER)
     scheduler = build_scheduler(optimizer, OPTIMIZER, total_steps=STEPS)
     numbers = []
     for step in range(STEPS):
-        batches = micro_batches(step)
+        batches = micro_batches(step, rank=state.rank)
         result = train_step([chunk], optimizer, scheduler, batches, state=state, step=step)
         numbers += [*result.sums.tolist(), result.grad_norm]
     weights = {name: p.detach().cpu().clone() for name, p in unwrap(chunk).named_parameters()}

@@ -1,8 +1,11 @@
+import importlib.util
+import os
 import socket
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mtrain.parallel import Coordinates, ParallelLayout, initialize_world
 from tests.ranks import run_ranks
@@ -28,6 +31,16 @@ def megatron_coordinates(state):
         ep_rank=mpu.get_expert_model_parallel_rank(),
         edp_rank=mpu.get_expert_data_parallel_rank(),
     )
+
+
+def what_a_rank_sees(state):
+    engine = importlib.util.find_spec("transformer_engine")
+    return os.environ.get("CUDA_VISIBLE_DEVICES"), state.device.type, dist.get_backend(), engine
+
+
+def test_ranks_of_tests_are_those_of_a_cpu_on_any_machine():
+    (seen,) = run_ranks(ParallelLayout(), what_a_rank_sees)
+    assert seen == ("", "cpu", "gloo", None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -11,21 +11,17 @@ from mtrain.model.replay import replay_layers, why_not_replayed
 from mtrain.platform.cuda_graphs import graph_recorder
 from mtrain.training.data_parallel import DataParallel
 
-__all__ = ["replay_where_possible"]
+__all__ = ["replay", "replays_layers"]
 
 
-def replay_where_possible(
-    bare: Sequence[LanguageModel],
-    chunks: Sequence[DataParallel],
-    config: SftConfig,
-    *,
-    world_size: int,
-) -> None:
-    """Lets training replay the layers, where `--cuda_graph_impl` allows it.
+def replays_layers(bare: Sequence[LanguageModel], config: SftConfig, *, world_size: int) -> bool:
+    """Whether training replays the layers, as `--cuda_graph_impl` and the model have it.
+
+    Then data parallelism hears of no gradients of the layers and must not wait for them. So
+    several ranks do it of themselves only for adapters, whose gradients are quickly sent.
 
     Args:
         bare: Chunks of this rank.
-        chunks: The same, wrapped.
         config: The configuration.
         world_size: Ranks of the run.
 
@@ -33,13 +29,22 @@ def replay_where_possible(
         ValueError: The flag asks for it where it cannot be.
     """
     wanted = config.model.cuda_graph_impl
-    if wanted == "none" or why_not_recorded(config, world_size=world_size):
-        return
-    reasons = [why_not_replayed(model, num_ranks=world_size) for model in bare]
-    if reason := next(filter(None, reasons), ""):
-        if wanted == "local":
-            raise ValueError(f"--cuda_graph_impl local: {reason}; use auto or none")
-        return
+    overlap_is_better = world_size > 1 and config.tuner.tuner_type == "full"
+    if wanted == "none" or (wanted == "auto" and overlap_is_better) or why_not_recorded(config):
+        return False
+    reason = next(filter(None, map(why_not_replayed, bare)), "")
+    if reason and wanted == "local":
+        raise ValueError(f"--cuda_graph_impl local: {reason}; use auto or none")
+    return not reason
+
+
+def replay(bare: Sequence[LanguageModel], chunks: Sequence[DataParallel]) -> None:
+    """Lets training replay the layers.
+
+    Args:
+        bare: Chunks of this rank.
+        chunks: The same, wrapped without overlaps.
+    """
     record = graph_recorder()
     for model, chunk in zip(bare, chunks, strict=True):
         chunk.leave(replay_layers(model, record))

@@ -7,6 +7,7 @@ This is the file to read first. By the time it runs, `mtrain.cli.main` has check
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
@@ -25,7 +26,7 @@ from mtrain.cli.model_source import hf_names, stored_names
 from mtrain.cli.notices import finished_notice, start_notice, stop_notice
 from mtrain.cli.preparation import Inputs, open_inputs
 from mtrain.cli.rank_checks import check_cuda_graphs, check_same_inputs
-from mtrain.cli.replaying import replay_where_possible
+from mtrain.cli.replaying import replay, replays_layers
 from mtrain.cli.resuming import (
     ResumePoint,
     find_resume_point,
@@ -139,12 +140,18 @@ def _wrap(
     total_steps: int,
 ) -> TrainingRun:
     """The model with gradient buffers, optimizer and all else that a run has."""
+    parallel = config.parallel
+    replays = replays_layers(bare, config, world_size=state.layout.world_size)
+    if replays:
+        no_overlaps = {"overlap_grad_reduce": False, "overlap_param_gather": False}
+        parallel = dataclasses.replace(parallel, **no_overlaps)
     chunks = wrap_chunks(
         bare,
-        parallel=config.parallel,
+        parallel=parallel,
         grad_reduce_in_fp32=config.training.accumulate_allreduce_grads_in_fp32,
     )
-    replay_where_possible(bare, chunks, config, world_size=state.layout.world_size)
+    if replays:
+        replay(bare, chunks)
     optimizer = build_optimizer(chunks, config.optimizer)
     return TrainingRun(
         config=config,

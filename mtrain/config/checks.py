@@ -40,7 +40,7 @@ def check_sft(config: SftConfig, *, world_size: int) -> None:
     if config.training.train_iters is None and config.training.num_train_epochs is None:
         raise ValueError("give --num_train_epochs or --train_iters")
     _check_recompute(config.training)
-    _check_cuda_graphs(config, world_size=world_size)
+    _check_cuda_graphs(config)
     _check_schedule(config.optimizer, train_iters=config.training.train_iters)
     _check_shard_size(config.checkpoint.max_shard_size)
     _check_fp8_training(config)
@@ -299,25 +299,32 @@ def _check_recompute(training: TrainingConfig) -> None:
             raise ValueError(f"--{name} {value} is only for --recompute_granularity full")
 
 
-def why_not_recorded(config: SftConfig, *, world_size: int) -> str:
+def why_not_recorded(config: SftConfig) -> str:
     """What of the settings keeps layers from being recorded as CUDA graphs; empty if nothing does.
 
     Args:
         config: Resolved.
-        world_size: Ranks of the run.
     """
+    parallel = config.parallel
+    sizes = (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "expert_model_parallel_size",
+        "context_parallel_size",
+    )
     reasons = {
-        "needs --packing true, whose batches have one shape": not config.data.packing,
-        "works on one GPU": world_size > 1,
-        "needs --recompute_granularity none": config.training.recompute_granularity != "none",
+        "--packing true, whose batches have one shape": not config.data.packing,
+        "--recompute_granularity none": config.training.recompute_granularity != "none",
+        "--overlap_grad_reduce false": parallel.overlap_grad_reduce is True,
+        "--overlap_param_gather false": parallel.overlap_param_gather is True,
+        **{f"--{name} 1": getattr(parallel, name) > 1 for name in sizes},
     }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    return next((need for need, is_missing in reasons.items() if is_missing), "")
 
 
-def _check_cuda_graphs(config: SftConfig, *, world_size: int) -> None:
-    reason = why_not_recorded(config, world_size=world_size)
-    if reason and config.model.cuda_graph_impl == "local":
-        raise ValueError(f"--cuda_graph_impl local {reason}")
+def _check_cuda_graphs(config: SftConfig) -> None:
+    if config.model.cuda_graph_impl == "local" and (need := why_not_recorded(config)):
+        raise ValueError(f"--cuda_graph_impl local needs {need}")
 
 
 def _check_schedule(optimizer: OptimizerConfig, *, train_iters: int | None) -> None:

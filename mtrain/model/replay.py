@@ -39,7 +39,7 @@ def replay_layers(model: LanguageModel, record: Record) -> list[torch.nn.Paramet
     """Lets training on packs replay the layers of a model.
 
     Args:
-        model: The only chunk on the only rank; see `why_not_replayed`. All that is trained has a
+        model: The only chunk of its rank; see `why_not_replayed`. All that is trained has a
             `main_grad`, which must stay where it is, as must the parameters.
         record: Of `mtrain.platform.cuda_graphs`.
 
@@ -52,17 +52,15 @@ def replay_layers(model: LanguageModel, record: Record) -> list[torch.nn.Paramet
     return [parameter for parameter in model.decoder.parameters() if parameter.requires_grad]
 
 
-def why_not_replayed(model: LanguageModel, *, num_ranks: int) -> str:
+def why_not_replayed(model: LanguageModel) -> str:
     """What keeps the layers of a model from being recorded; empty if nothing does.
 
     Args:
-        model: Any chunk.
-        num_ranks: Of the run.
+        model: A chunk, alone on its rank and not shared with others.
     """
     config = model.config
     reasons = {
         "there is no GPU": not torch.cuda.is_available(),
-        f"there are {num_ranks} ranks": num_ranks > 1,
         "the model is not in half precision": config.params_dtype == torch.float32,
         "nothing in the layers is trained": not any(
             parameter.requires_grad for parameter in model.decoder.parameters()

@@ -1,10 +1,13 @@
 """Multi-token prediction of a Hugging Face model, for the precision test.
 
 The one thing to know: transformers' own `MtpModel`, which `generate(use_mtp=True)` drafts with,
-loads the layers from the files and runs them: names, order of what is joined and norms are its.
+loads the layers from the files and runs them: names, order of what is joined and norms are its. It
+drafts one token behind a text; what the layers make of all tokens before it, hooks on them see.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 import transformers
@@ -79,18 +82,38 @@ def next_token_outputs(
         input_ids: int64 [1, seq].
         hidden_states: [1, seq, hidden], what the decoder gave, behind its last norm.
     """
-    position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    logits = []
-    with recorded([layer.mtp_block for layer in next_tokens.layers]) as records:
-        for number in range(len(next_tokens.layers)):
-            # What comes in at the end is of no use, and nothing before it sees it.
-            input_ids, position_ids = input_ids.roll(-1, dims=-1), position_ids + 1
-            hidden_states = next_tokens.forward_layer(
-                number, hidden_states, position_ids, None, input_ids=input_ids
-            )
-            logits.append(next_tokens.shared_head(hidden_states)[0].float().cpu())
+    # The layers begin one token further on. What comes in at the end is of no use, and nothing
+    # before it sees it.
+    position_ids = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)[None]
+    with (
+        recorded([layer.mtp_block for layer in next_tokens.layers]) as records,
+        _outputs_of(next_tokens) as outputs,
+    ):
+        # transformers 5.17 asks for a mask, and cannot run a single layer.
+        next_tokens(
+            input_ids.roll(-1, dims=-1),
+            hidden_states,
+            attention_mask=torch.ones_like(input_ids),
+            position_ids=position_ids,
+            mtp_cache=None,
+        )
     return NextTokenOutputs(
         hidden_states=records.hidden_states(),
-        logits=torch.stack(logits),
+        logits=torch.stack(
+            [next_tokens.shared_head(output)[0].float().cpu() for output in outputs]
+        ),
         router_margins=records.router_margins(),
     )
+
+
+@contextmanager
+def _outputs_of(next_tokens: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """What the layers give, each behind its last norm, [1, seq, hidden]."""
+    outputs: list[torch.Tensor] = []
+    with ExitStack() as hooks:
+        for layer in next_tokens.layers:
+            keep = layer.register_forward_hook(
+                lambda _layer, _inputs, output: outputs.append(output)
+            )
+            hooks.callback(keep.remove)
+        yield outputs

@@ -6,47 +6,62 @@ import pytest
 
 from mtrain.cli import replaying
 from mtrain.cli.rank_checks import check_cuda_graphs
-from mtrain.config import DataConfig, ModelConfig, SftConfig
+from mtrain.config import DataConfig, ModelConfig, ParallelConfig, SftConfig, TunerConfig
 from mtrain.platform.device import has_gpu
 
 PACKED = DataConfig(packing=True)
+LORA = TunerConfig(tuner_type="lora")
 
 
-@pytest.fixture
-def left(monkeypatch):
-    """Parameters that data parallelism was told to leave."""
-    monkeypatch.setattr(replaying, "graph_recorder", lambda: "record")
-    monkeypatch.setattr(replaying, "replay_layers", lambda model, record: [(model.name, record)])
-    monkeypatch.setattr(replaying, "why_not_replayed", lambda model, num_ranks: model.reason)
-    return []
-
-
-def replay(left, *, impl="auto", data=PACKED, world_size=1, reason=""):
-    config = SftConfig(model=ModelConfig(cuda_graph_impl=impl), data=data)
-    model, chunk = SimpleNamespace(name="model", reason=reason), SimpleNamespace(leave=left.extend)
-    replaying.replay_where_possible([model], [chunk], config, world_size=world_size)
-    return left
-
-
-@pytest.mark.parametrize("impl", ["auto", "local"])
-def test_layers_are_replayed_where_they_can_be(impl, left) -> None:
-    assert replay(left, impl=impl) == [("model", "record")]
+def replays(monkeypatch, *, impl="auto", reason="", world_size=1, **sections) -> bool:
+    monkeypatch.setattr(replaying, "why_not_replayed", lambda model: reason)
+    sections = {"data": PACKED, "model": ModelConfig(cuda_graph_impl=impl)} | sections
+    return replaying.replays_layers(["model"], SftConfig(**sections), world_size=world_size)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"impl": "none"}, {"data": DataConfig()}, {"world_size": 2}, {"reason": "there is no GPU"}],
+    [
+        {},
+        {"impl": "local"},
+        {"world_size": 2, "tuner": LORA},
+        {"world_size": 2, "impl": "local"},
+    ],
 )
-def test_elsewhere_they_are_computed_as_they_are(options, left) -> None:
-    assert replay(left, **options) == []
+def test_layers_are_replayed_where_they_can_be(options, monkeypatch) -> None:
+    assert replays(monkeypatch, **options)
 
 
-def test_who_asks_for_it_is_told_why_it_cannot_be(left) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"impl": "none"},
+        {"reason": "there is no GPU"},
+        {"data": DataConfig()},
+        # Gradients of all weights had better be sent beside backward.
+        {"world_size": 2},
+        {"world_size": 2, "tuner": LORA, "parallel": ParallelConfig(overlap_grad_reduce=True)},
+        {"world_size": 2, "parallel": ParallelConfig(tensor_model_parallel_size=2)},
+    ],
+)
+def test_elsewhere_they_are_computed_as_they_are(options, monkeypatch) -> None:
+    assert not replays(monkeypatch, **options)
+
+
+def test_who_asks_for_it_is_told_why_it_cannot_be(monkeypatch) -> None:
     with pytest.raises(ValueError) as caught:
-        replay(left, impl="local", reason="the model has gated delta nets")
+        replays(monkeypatch, impl="local", reason="the model has gated delta nets")
     assert str(caught.value) == (
         "--cuda_graph_impl local: the model has gated delta nets; use auto or none"
     )
+
+
+def test_data_parallelism_leaves_what_is_replayed(monkeypatch) -> None:
+    left: list[object] = []
+    monkeypatch.setattr(replaying, "graph_recorder", lambda: "record")
+    monkeypatch.setattr(replaying, "replay_layers", lambda model, record: [(model, record)])
+    replaying.replay(["model"], [SimpleNamespace(leave=left.extend)])
+    assert left == [("model", "record")]
 
 
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU")

@@ -330,6 +330,10 @@ def weight_gradients(state, name):
         for _ in range(2):
             losses, _ = model(tokens, tokens, labels=tokens + 1)
             losses.sum().backward()
+            for parameter in model.parameters():
+                # As data parallelism does, since nobody is to read it.
+                if parameter.grad_added_to_main_grad:
+                    parameter.grad = None
         results.append(dict(model.named_parameters()))
     plain, fused = results
     count = 0

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mtrain.parallel import ParallelLayout
 from tests.adapters import plan_of
 from tests.megatron import SINGLE
 from tests.next_tokens import make_checkpoint_with_next_tokens
@@ -71,6 +72,14 @@ def test_training_of_an_adapter_is_the_same_bit_for_bit(dtype, dropout, tmp_path
     assert differing == []
     assert recorded >= 4
     assert repeated >= 2 * 6
+
+
+@pytest.mark.parametrize("uses_lora", [False, True])
+def test_data_parallel_ranks_train_the_same_bit_for_bit(uses_lora, tmp_path):
+    folder = make_checkpoint(tmp_path, "qwen3_moe_mixed")
+    options = {"lora": plan_of(folder)[1], "dropout": 0.2} if uses_lora else {}
+    found = run_ranks(ParallelLayout(world_size=2), compare_and_count, folder, options)
+    assert [differing for differing, *_ in found] == [[], []]
 
 
 def test_layers_of_multi_token_prediction_stay_as_they_are(tmp_path):

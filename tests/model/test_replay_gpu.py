@@ -37,7 +37,7 @@ def state():
 
 def replayed(state, folder, backend, **options) -> list[str]:
     [model] = load_model(state, folder, dtype=torch.bfloat16, backend=backend)
-    if reason := why_not_replayed(model, num_ranks=1):
+    if reason := why_not_replayed(model):
         pytest.skip(reason)
     record = graph_recorder()
     return compare(state, folder, record, dtype=torch.bfloat16, backend=backend, **options)

@@ -1,10 +1,12 @@
 """Multi-token prediction as transformers runs it, and as it is put together of parts in tests."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.modeling_layers import MtpModel
 
 from mtrain.bridge.storage.fp8_blocks import Fp8Slices
 from mtrain.bridge.storage.quantization import Fp8Blocks
@@ -134,6 +136,22 @@ def test_a_missing_weight_is_an_error_that_names_it(tmp_path):
     broken = rewritten(folder, tmp_path / "broken", tensors)
     with pytest.raises(RuntimeError, match=r"hnorm"):
         outputs_of(broken)
+
+
+def test_no_layer_is_run_by_itself(tmp_path, monkeypatch):
+    """transformers 5.17 has no `forward_layer`, which `forward` of later versions calls."""
+    plain, of_layer = MtpModel.forward, getattr(MtpModel, "forward_layer", None)
+
+    def forward(model, *args, **options):
+        with mock.patch.object(MtpModel, "forward_layer", of_layer, create=True):
+            return plain(model, *args, **options)
+
+    folder, _ = make_checkpoint_with_next_tokens(tmp_path / "model", "deepseek_v3")
+    _, (expected,) = outputs_of(folder, num_texts=1)
+    monkeypatch.delattr(MtpModel, "forward_layer", raising=False)
+    monkeypatch.setattr(MtpModel, "forward", forward)
+    _, (found,) = outputs_of(folder, num_texts=1)
+    assert torch.equal(found.next_tokens.logits, expected.next_tokens.logits)
 
 
 def test_an_old_transformers_is_named(monkeypatch):
