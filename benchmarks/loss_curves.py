@@ -4,12 +4,12 @@
         --steps 50 --work /dev/shm --log_dir curves
 
 Every variant trains all parameters of one random checkpoint on the same packs, in a process of its
-own. The `unfused` ones switch off every fusion that has a flag, and kernels of ours for attention.
-Those without one (norms, loss, Adam) meet the `plain` step, which is transformers in torch's
-autocast with torch's AdamW (`hf_step.py`), given the batches that `megatron sft` was seen to train
-on. `plain-float32`, if asked for, is the same without autocast: how far `plain` is from it is what
-rounding to bfloat16 does. Differences are those from the first variant. A GPU trains in bfloat16, a
-CPU in float32, where the curves agree to about 1e-5.
+own. The `unfused` ones switch off every fusion that has a flag, CUDA graphs and kernels of ours for
+attention. Fusions without a flag (norms, loss, Adam) meet the `plain` step, which is transformers
+in torch's autocast with torch's AdamW (`hf_step.py`), given the batches that `megatron sft` was
+seen to train on. `plain-float32`, if asked for, is the same without autocast: how far `plain` is
+from it is what rounding to bfloat16 does. Differences are those from the first variant. A GPU
+trains in bfloat16, a CPU in float32, where the curves agree to about 1e-5.
 """
 
 import argparse
@@ -48,7 +48,7 @@ FUSIONS = tuple(
     for field in dataclasses.fields(ModelConfig)
     if field.name.endswith("_fusion") and field.name not in WITHOUT_EFFECT
 )
-UNFUSED = dict.fromkeys(FUSIONS, "false")
+UNFUSED = dict.fromkeys(FUSIONS, "false") | {"cuda_graph_impl": "none"}
 # Of `megatron sft`: the backend, and flags. A named kernel for attention is not one of ours.
 OURS = {
     "te": ("te", {}),

@@ -7,7 +7,7 @@ import torch
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mtrain.model.documents import pack_documents
+from mtrain.model.documents import has_blocks_everywhere, pack_documents
 
 ENDS = torch.tensor([0, 3, 10], dtype=torch.int32)
 
@@ -49,7 +49,7 @@ def kernels(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "mtrain.model.kernels.packed_attention", found)
     monkeypatch.setattr("mtrain.model.documents.has_triton", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     return found
 
 
@@ -89,11 +89,21 @@ def test_other_packs_are_not(kernels, fields):
     assert documents.kernels(*[torch.empty(10, 2, 128)] * 3, None) is None
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [({}, True), ({"window_size": (4, 0)}, False), ({"softmax_type": "learnable"}, False)],
+)
+def test_layers_with_windows_or_sinks_ask_others(fields, expected, kernels, monkeypatch):
+    assert not has_blocks_everywhere(TransformerConfig(**FIELDS | fields))  # no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert has_blocks_everywhere(TransformerConfig(**FIELDS | fields)) is expected
+
+
 def test_nothing_is_chosen_without_triton(kernels, monkeypatch):
     monkeypatch.setattr("mtrain.model.documents.has_triton", lambda: False)
     assert pack().blocks is None
 
 
 def test_gpus_before_hopper_attend_with_kernels_of_others(kernels, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert pack().blocks is None
