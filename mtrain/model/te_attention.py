@@ -6,17 +6,21 @@ from typing import Any
 import torch
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mtrain.model.attention import attention_window
 from mtrain.model.documents import PackedDocuments
-from mtrain.model.flash import FlashArguments, flash_attention
+from mtrain.model.flash import TORCH_KERNELS, FlashArguments, FlashKernels, flash_attention
 
 __all__ = ["TransformerEngineAttention"]
 
 # On an H200 cuDNN is 6 % faster with documents of 4,096 tokens, and slower with shorter ones or
 # where one of 2,200 tokens is among many.
 _LONGEST_FOR_OURS = 4096
+# Wider heads had wrong gradients in packs, too large by 1e5, with 256 channels on an H200
+# (Transformer Engine 2.11, cuDNN 9.14). torch's kernel is right.
+_WIDEST_FOR_CUDNN = 192
 
 
 class TransformerEngineAttention(TEDotProductAttention):
@@ -58,11 +62,11 @@ class TransformerEngineAttention(TEDotProductAttention):
 
         Rows: see Megatron-Core's class.
         """
-        if _is_for_ours(packed_seq_params):
+        if isinstance(packed_seq_params, PackedDocuments):
             arguments = FlashArguments(
                 scale=self.scale, window=self.window, longest=packed_seq_params.max_seqlen_q
             )
-            kernels = packed_seq_params.kernels(query, key, value, arguments)
+            kernels = self._kernels(query, key, value, packed_seq_params, arguments)
             if kernels is not None:
                 ends = packed_seq_params.cu_seqlens_q
                 output = flash_attention(query, key, value, ends, None, arguments, kernels=kernels)
@@ -71,9 +75,19 @@ class TransformerEngineAttention(TEDotProductAttention):
             query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs
         )
 
-
-def _is_for_ours(packed: PackedSeqParams | None) -> bool:
-    """Whether documents are packed and none is long, or nobody else may attend."""
-    return isinstance(packed, PackedDocuments) and (
-        packed.is_replayed or packed.max_seqlen_q <= _LONGEST_FOR_OURS
-    )
+    def _kernels(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packed: PackedDocuments,
+        arguments: FlashArguments,
+    ) -> FlashKernels | None:
+        """What attends in place of Transformer Engine, if anything does."""
+        kernels = None
+        if packed.is_replayed or packed.max_seqlen_q <= _LONGEST_FOR_OURS:
+            kernels = packed.kernels(query, key, value, arguments)
+        is_free = self.config.attention_backend is AttnBackend.auto
+        if kernels is None and is_free and query.shape[-1] > _WIDEST_FOR_CUDNN:
+            return TORCH_KERNELS
+        return kernels

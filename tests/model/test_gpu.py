@@ -3,8 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mtrain.config import MoEConfig
+from mtrain.model.backends import spec_provider
+from mtrain.model.documents import pack_documents
 from mtrain.model.head import linear_cross_entropy
 from mtrain.parallel import (
     ParallelLayout,
@@ -140,6 +144,49 @@ def train_head(hidden, weight, labels, promised, state, **options):
     (losses.sum() * promised).backward()
     weight.grad = None
     return losses.detach()
+
+
+def attention_gradients(layer, heads, grad, packed) -> list[torch.Tensor]:
+    """Gradients of queries, keys and values [tokens, heads, channels], in float32 on the CPU."""
+    heads = [tensor.detach().requires_grad_() for tensor in heads]
+    layout = [tensor if packed.qkv_format == "thd" else tensor[:, None] for tensor in heads]
+    output = layer(*layout, None, packed_seq_params=packed)
+    output.backward(grad.view_as(output))
+    return [tensor.grad.float().cpu() for tensor in heads]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_gradients_of_attention_in_packs_are_near_those_in_float32(head_dim, backend, state):
+    lengths = [28] * 40 + [300, 2048 - 28 * 40 - 300]
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    torch.manual_seed(0)
+    heads = [torch.randn(sum(lengths), count, head_dim).bfloat16() for count in (16, 2, 2)]
+    grad = torch.randn(sum(lengths), 16, head_dim).bfloat16()
+    gradients = {}
+    for name, dtype, device in (("torch", torch.float32, "cpu"), (backend, torch.bfloat16, "cuda")):
+        provider = spec_provider(name)
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=16 * head_dim,
+            num_attention_heads=16,
+            num_query_groups=2,
+            attention_dropout=0.0,
+            attention_backend=AttnBackend.auto,
+            params_dtype=dtype,
+        )
+        packed = pack_documents(
+            ends.to(device),
+            longest=max(lengths),
+            num_tokens=sum(lengths),
+            packed_format=provider.packed_format,
+            config=config,
+        )
+        layer = provider.core_attention()(config, 1, AttnMaskType.causal, "self")
+        inputs = [tensor.to(device, dtype) for tensor in heads]
+        gradients[device] = attention_gradients(layer, inputs, grad.to(device, dtype), packed)
+    for found, expected in zip(gradients["cuda"], gradients["cpu"], strict=True):
+        assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 def test_the_head_adds_products_of_bfloat16_to_a_float32_gradient(state):

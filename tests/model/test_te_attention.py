@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from megatron.core.extensions import transformer_engine
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mtrain.model.backends import spec_provider
@@ -22,7 +22,7 @@ class TheirAttention(torch.nn.Module):
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, **options):
         super().__init__()
-        self.options = options
+        self.config, self.options = config, options
 
     def forward(self, query, key, value, mask, *, packed_seq_params=None, **options):
         return "theirs"
@@ -38,7 +38,11 @@ def attention_class(monkeypatch):
 
 def build(kind, **options):
     config = TransformerConfig(
-        num_layers=1, hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS, num_query_groups=2
+        attention_backend=AttnBackend.auto,
+        num_layers=1,
+        hidden_size=HEADS * HEAD_DIM,
+        num_attention_heads=HEADS,
+        num_query_groups=2,
     )
     return kind(config, 1, AttnMaskType.causal, "self", **options)
 
@@ -76,3 +80,21 @@ def test_transformer_engine_attends_elsewhere(attention_class) -> None:
     assert layer(*heads(), None) == "theirs"
     with mock.patch.object(PackedDocuments, "kernels", lambda *_args: PLAIN):
         assert layer(*heads(), None, packed_seq_params=packed(8192)) == "theirs"
+
+
+def wide_heads():
+    return [torch.randn(9, count, 256) for count in (HEADS, 2, 2)]
+
+
+def test_heads_whose_gradients_cudnn_gets_wrong_are_for_torch(attention_class, monkeypatch) -> None:
+    monkeypatch.setattr("mtrain.model.te_attention.TORCH_KERNELS", PLAIN)
+    layer = build(attention_class, k_channels=256)
+    query, key, value = wide_heads()
+    output = layer(query, key, value, None, packed_seq_params=packed())
+    expected = by_documents(
+        plain_attention, [one[:, None] for one in (query, key, value)], [4, 5], scale=256**-0.5
+    )
+    torch.testing.assert_close(output, expected.flatten(1), rtol=1e-5, atol=1e-6)
+    # Who names a kernel gets it.
+    layer.config.attention_backend = AttnBackend.fused
+    assert layer(*wide_heads(), None, packed_seq_params=packed()) == "theirs"
