@@ -150,7 +150,7 @@ def attention_gradients(layer, heads, grad, packed) -> list[torch.Tensor]:
     """Gradients of queries, keys and values [tokens, heads, channels], in float32 on the CPU."""
     heads = [tensor.detach().requires_grad_() for tensor in heads]
     layout = [tensor if packed.qkv_format == "thd" else tensor[:, None] for tensor in heads]
-    output = layer(*layout, None, packed_seq_params=packed)
+    output = layer(*layout, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed)
     output.backward(grad.view_as(output))
     return [tensor.grad.float().cpu() for tensor in heads]
 
