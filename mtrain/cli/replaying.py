@@ -18,7 +18,7 @@ def replays_layers(bare: Sequence[LanguageModel], config: SftConfig, *, world_si
     """Whether training replays the layers, as `--cuda_graph_impl` and the model have it.
 
     Then data parallelism hears of no gradients of the layers and must not wait for them. So
-    several ranks do it of themselves only for adapters, whose gradients are quickly sent.
+    several ranks do it only if they are told to: to send gradients beside backward may be better.
 
     Args:
         bare: Chunks of this rank.
@@ -29,8 +29,8 @@ def replays_layers(bare: Sequence[LanguageModel], config: SftConfig, *, world_si
         ValueError: The flag asks for it where it cannot be.
     """
     wanted = config.model.cuda_graph_impl
-    overlap_is_better = world_size > 1 and config.tuner.tuner_type == "full"
-    if wanted == "none" or (wanted == "auto" and overlap_is_better) or why_not_recorded(config):
+    is_unwanted = wanted == "none" or (wanted == "auto" and world_size > 1)
+    if is_unwanted or why_not_recorded(config):
         return False
     reason = next(filter(None, map(why_not_replayed, bare)), "")
     if reason and wanted == "local":

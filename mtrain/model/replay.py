@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mtrain.model.delta_net import GatedDeltaNet
+from mtrain.model.dispatch import LocalTokenDispatcher
 from mtrain.model.documents import PackedDocuments, has_blocks_everywhere, pack_documents
 from mtrain.model.gpt import LanguageModel
 from mtrain.platform.cuda_graphs import Record
@@ -59,6 +61,9 @@ def why_not_replayed(model: LanguageModel) -> str:
         model: A chunk, alone on its rank and not shared with others.
     """
     config = model.config
+    modules = list(model.decoder.modules())
+    balancing = config.moe_router_load_balancing_type
+    kinds = {balancing} if isinstance(balancing, str) else set(balancing)
     reasons = {
         "there is no GPU": not torch.cuda.is_available(),
         "the model is not in half precision": config.params_dtype == torch.float32,
@@ -68,20 +73,20 @@ def why_not_replayed(model: LanguageModel) -> str:
         "activations are recomputed": config.recompute_granularity is not None,
         # The host looks at the lengths of documents.
         "the model has gated delta nets": any(
-            isinstance(module, GatedDeltaNet) for module in model.decoder.modules()
+            isinstance(module, GatedDeltaNet) for module in modules
         ),
         # Its kernels are planned by the host.
         "Transformer Engine computes attention": model.packed_format == "thd"
         and not has_blocks_everywhere(config),
+        # The host asks how many tokens came.
+        "tokens travel to their experts": any(
+            isinstance(module, MoELayer)
+            and not isinstance(module.token_dispatcher, LocalTokenDispatcher)
+            for module in modules
+        ),
+        "experts are balanced over the global batch": config.num_moe_experts is not None
+        and not kinds <= _BALANCE_LOSSES,
     }
-    if config.num_moe_experts is not None:
-        balancing = config.moe_router_load_balancing_type
-        kinds = {balancing} if isinstance(balancing, str) else set(balancing)
-        exchanges = config.moe_token_dispatcher_type != "alltoall"
-        reasons |= {
-            "tokens of experts are exchanged": exchanges or config.moe_shared_expert_overlap,
-            "experts are balanced over the global batch": not kinds <= _BALANCE_LOSSES,
-        }
     return ", ".join(reason for reason, holds in reasons.items() if holds)
 
 

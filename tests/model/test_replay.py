@@ -1,11 +1,15 @@
 """Replayed layers, with a stand-in for graphs that does the work again each time."""
 
+from unittest import mock
+
 import pytest
 import torch
 
+from mtrain.config import MoEConfig, TrainingConfig
+from mtrain.model.replay import why_not_replayed
 from mtrain.parallel import ParallelLayout
 from tests.adapters import plan_of
-from tests.megatron import SINGLE
+from tests.megatron import SINGLE, load_model
 from tests.next_tokens import make_checkpoint_with_next_tokens
 from tests.ranks import run_ranks
 from tests.replays import compare
@@ -42,6 +46,14 @@ def compare_without_memory(state, folder):
     with pytest.warns(UserWarning, match="no memory to record the layers"):
         differing = compare(state, folder, recorder)
     return differing, recorder.recorded
+
+
+def reasons(state, folder, options):
+    """What keeps layers from being recorded: here, and with a GPU."""
+    [model] = load_model(state, folder, **{"dtype": torch.bfloat16} | options)
+    without = why_not_replayed(model)
+    with mock.patch.object(torch.cuda, "is_available", lambda: True):
+        return without, why_not_replayed(model)
 
 
 def compare_and_count(state, folder, options):
@@ -87,6 +99,35 @@ def test_layers_of_multi_token_prediction_stay_as_they_are(tmp_path):
     options = {"num_next_tokens": 1}
     [(differing, *_)] = run_ranks(SINGLE, compare_and_count, folder, options)
     assert differing == []
+
+
+SELECTIVE = TrainingConfig(recompute_granularity="selective")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("qwen3_moe", {}, ""),
+        ("qwen3", {"dtype": torch.float32}, "the model is not in half precision"),
+        ("qwen3", {"training": SELECTIVE}, "activations are recomputed"),
+        ("qwen3_next_moe", {}, "the model has gated delta nets"),
+        (
+            "qwen3_moe",
+            {"moe": MoEConfig(moe_token_dispatcher_type="allgather")},
+            "tokens travel to their experts",
+        ),
+        (
+            "qwen3_moe",
+            {"moe": MoEConfig(moe_router_load_balancing_type=("global_aux_loss",))},
+            "experts are balanced over the global batch",
+        ),
+    ],
+)
+def test_layers_that_cannot_be_recorded_say_why(name, options, reason, tmp_path):
+    folder = make_checkpoint(tmp_path, name)
+    [(without, found)] = run_ranks(SINGLE, reasons, folder, options)
+    assert without.startswith("there is no GPU")
+    assert found == reason
 
 
 def test_without_memory_for_a_recording_training_goes_on(tmp_path):
