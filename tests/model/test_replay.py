@@ -12,7 +12,7 @@ from tests.adapters import plan_of
 from tests.megatron import SINGLE, load_model
 from tests.next_tokens import make_checkpoint_with_next_tokens
 from tests.ranks import run_ranks
-from tests.replays import compare
+from tests.replays import compare, train
 from tests.tiny import make_checkpoint
 
 
@@ -99,6 +99,29 @@ def test_layers_of_multi_token_prediction_stay_as_they_are(tmp_path):
     options = {"num_next_tokens": 1}
     [(differing, *_)] = run_ranks(SINGLE, compare_and_count, folder, options)
     assert differing == []
+
+
+def largest_gradients(state, folder):
+    """Bytes of gradients that one backward pass hands out, of memory that is not main gradients."""
+    handed_out = []
+
+    def grad(output, tensors, *args, **options):
+        grads = torch_grad(output, tensors, *args, **options)
+        owned = {t.main_grad.data_ptr() for t in tensors if hasattr(t, "main_grad")}
+        others = [g for g in grads if g is not None and g.data_ptr() not in owned]
+        handed_out.append(sum(g.nbytes for g in others))
+        return grads
+
+    torch_grad = torch.autograd.grad
+    with mock.patch.object(torch.autograd, "grad", grad):
+        train(state, folder, Recorder())
+    return max(handed_out)
+
+
+def test_gradients_of_experts_are_not_kept_until_all_layers_have_theirs(tmp_path):
+    folder = make_checkpoint(tmp_path, "qwen3_moe")
+    # That of hidden states alone: 256 tokens of 64 channels in float32.
+    assert run_ranks(SINGLE, largest_gradients, folder) == [4 * 256 * 64]
 
 
 SELECTIVE = TrainingConfig(recompute_granularity="selective")
