@@ -88,10 +88,18 @@ def weights_of(model) -> dict[str, torch.Tensor]:
     return {name: view.detach().clone() for name, view in views_of(model).items()}
 
 
+def in_float64(model):
+    """The Hugging Face model, its experts one by one: grouped products know no float64."""
+    model.set_experts_implementation("eager")
+    return model.double()
+
+
 @torch.no_grad()
-def merged_by_hand(folder, changes):
+def merged_by_hand(folder, changes, *, dtype=torch.float32):
     """The Hugging Face model with changed weights."""
     model = hf_model(folder)
+    if dtype == torch.float64:
+        model = in_float64(model)
     # An adapter of the embedding does not change an output layer that is tied to it.
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     views = views_of(model)
