@@ -52,7 +52,7 @@ def train(
     dropout: float = 0.0,
     num_next_tokens: int = 0,
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Weights after some steps, and the summed losses and gradient norms of the steps.
+    """Weights and buffers after some steps, and the summed losses and gradient norms of the steps.
 
     Args:
         state: A data-parallel rank.
@@ -65,7 +65,12 @@ def train(
         num_next_tokens: Layers of multi-token prediction.
     """
     reseed(1)
-    moe = MoEConfig(moe_aux_loss_coeff=(0.01,), moe_z_loss_coeff=0.001)
+    moe = MoEConfig(
+        moe_aux_loss_coeff=(0.01,),
+        moe_z_loss_coeff=0.001,
+        # Biases that choose experts belong to the model, which an adapter leaves as it is.
+        moe_router_bias_update_rate=0.01 if lora is None else 0.0,
+    )
     options = {"dtype": dtype, "backend": backend, "moe": moe, "num_next_tokens": num_next_tokens}
     if lora is None:
         [model] = load_model(state, folder, **options)
@@ -86,8 +91,9 @@ def train(
         batches = micro_batches(step, rank=state.rank)
         result = train_step([chunk], optimizer, scheduler, batches, state=state, step=step)
         numbers += [*result.sums.tolist(), result.grad_norm]
-    weights = {name: p.detach().cpu().clone() for name, p in unwrap(chunk).named_parameters()}
-    return weights, numbers
+    bare = unwrap(chunk)
+    tensors = {**dict(bare.named_parameters()), **dict(bare.named_buffers())}
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, numbers
 
 
 def compare(state: ParallelState, folder: Path, record: Record, **options) -> list[str]:
