@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mtrain.cli import demo, sft
+from mtrain.cli import demo, replaying, sft
 from mtrain.cli.launch import Placement
 from mtrain.cli.preparation import check_inputs, prepare_data
 from mtrain.cli.start_clock import StartClock
@@ -21,6 +21,7 @@ from mtrain.config import (
     OptimizerConfig,
     SftConfig,
     TrainingConfig,
+    TunerConfig,
     resolve_sft,
 )
 from mtrain.data.loader import BatchPlan
@@ -150,9 +151,36 @@ def test_evaluation_can_be_shortened_and_turned_off(config) -> None:
 
 
 @pytest.mark.parametrize(
+    "tuner", [TunerConfig(), TunerConfig(tuner_type="lora")], ids=["full", "lora"]
+)
+def test_a_run_that_replays_its_layers_saves_the_same(config, tuner, monkeypatch) -> None:
+    """With work that is done again each time in place of a GPU's recordings."""
+    config = dataclasses.replace(config, tuner=tuner)
+    config = change(config, "data", packing=True, packing_length=64)
+    config = change(config, "training", train_iters=4)
+    config = change(change(config, "optimizer", lr=1e-3), "checkpoint", save_steps=4)
+    started = []
+
+    def recorder():
+        return lambda work: lambda: started.append(work()) or None
+
+    saved = []
+    for impl in ("none", "auto"):
+        run = change(config, "model", cuda_graph_impl=impl)
+        folder = run_alone(change(run, "checkpoint", output_dir=f"~/{impl}"))
+        saved.append(sorted((folder / "checkpoint-4").glob("*model.safetensors")))
+        assert bool(started) is (impl == "auto")
+        monkeypatch.setattr(replaying, "why_not_replayed", lambda _model: "")
+        monkeypatch.setattr(replaying, "graph_recorder", recorder)
+    for plain, replayed in zip(*saved, strict=True):
+        assert plain.read_bytes() == replayed.read_bytes()
+
+
+@pytest.mark.parametrize(
     ("section", "values", "kind", "message"),
     [
         ("parallel", {"ddp_backend": "nccl"}, ValueError, "--ddp_backend nccl: the ranks talk"),
+        ("model", {"cuda_graph_impl": "local"}, ValueError, "--cuda_graph_impl local: there is no"),
         ("model", {"attention_backend": "unfused"}, ValueError, "--attention_backend unfused is"),
         ("model", {"transformer_impl": "te"}, RuntimeError, "te needs Transformer Engine, but the"),
     ],
@@ -161,6 +189,7 @@ def test_what_the_machine_cannot_do_is_said_before_anything_is_made(
     config, monkeypatch, section, values, kind, message
 ) -> None:
     monkeypatch.setattr("mtrain.model.backends.has_gpu", lambda: False)
+    monkeypatch.setattr("mtrain.cli.rank_checks.has_gpu", lambda: False)
     with pytest.raises(kind, match=re.escape(message)):
         sft.run(change(config, section, **values), Placement(), StartClock())
     assert not (Path.home() / "out").exists()
