@@ -15,6 +15,7 @@ import functools
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ def replayed(state: ParallelState, folder: Path, *, uses_lora: bool) -> list[str
     dist.barrier()
     record = graph_recorder() if has_gpu() else lambda work: work
     options = {"lora": plan_of(folder)[1], "dropout": 0.1} if uses_lora else {}
+    warnings.filterwarnings("error", "layers could not be recorded")
     return compare(state, folder, record, dtype=torch.bfloat16, **options)
 
 

@@ -184,13 +184,15 @@ class _Replays:
     def _try_to_record(
         self, layers: Callable[..., torch.Tensor], buffers: LayerBuffers
     ) -> _Recording:
-        """A recording; what does the work each time, if there is no memory for one."""
+        """A recording; what does the work each time, if there is no memory for one, say."""
         try:
             return self._recording(layers, buffers, self._record)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            # A recording runs nothing, so nothing is lost.
+            reason = str(error).partition("\n")[0]
             warnings.warn(
-                "no memory to record the layers as a CUDA graph; their kernels are started one by "
-                "one (--cuda_graph_impl none)",
+                "layers could not be recorded as a CUDA graph, so their kernels are started one by "
+                f"one (--cuda_graph_impl none): {reason}",
                 stacklevel=2,
             )
             self._record = _do_not_record

@@ -18,7 +18,10 @@ from tests.megatron import load_model
 from tests.replays import compare
 from tests.tiny import TINY, make_checkpoint
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("error:layers could not be recorded"),
+]
 NO_TE = pytest.mark.skipif(not has_transformer_engine(), reason="needs Transformer Engine")
 BACKENDS = ["torch", pytest.param("te", marks=NO_TE)]
 # Heads for which there are kernels of ours.
