@@ -20,7 +20,7 @@ from mtrain.platform.device import has_triton
 if TYPE_CHECKING:
     from mtrain.model.kernels.packed_attention import AttentionBlocks
 
-__all__ = ["PackedDocuments", "has_blocks_everywhere", "pack_documents"]
+__all__ = ["PackedDocuments", "has_blocks_everywhere", "pack_documents", "power_of_two_above"]
 
 _OLDEST_GPU = (9, 0)  # Hopper
 
@@ -72,7 +72,7 @@ def pack_documents(
         packed_format: See `LanguageModel`.
         config: Model shape and attention kernel.
     """
-    bound = _power_of_two_above(longest)
+    bound = power_of_two_above(longest)
     documents = PackedDocuments(
         qkv_format=packed_format,
         cu_seqlens_q=cu_seqlens,
@@ -94,7 +94,7 @@ def has_blocks_everywhere(config: TransformerConfig) -> bool:
         config: Model shape and attention kernel.
     """
     is_plain = config.window_size is None and config.softmax_type == "vanilla"
-    return is_plain and torch.cuda.is_available() and _has_kernels(config)
+    return is_plain and _has_kernels(config)
 
 
 def _has_kernels(config: TransformerConfig) -> bool:
@@ -114,6 +114,6 @@ def _group_size(config: TransformerConfig) -> int:
     return config.num_attention_heads // config.num_query_groups
 
 
-def _power_of_two_above(length: int) -> int:
+def power_of_two_above(length: int) -> int:
     """A bound that few packs differ in: attention kernels are planned anew for every other one."""
     return 1 << max(0, length - 1).bit_length()

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mtrain.model.documents import PackedDocuments, pack_documents
+from mtrain.model.documents import PackedDocuments, pack_documents, power_of_two_above
 
 __all__ = ["LayerBuffers", "LayerInputs", "MicroBatchKind"]
 
@@ -27,13 +27,13 @@ class LayerInputs:
         hidden: [seq, 1, hidden].
         rotary: Cosines and sines, see `RotarySelfAttention`.
         padding: bool [1, seq], True at padding.
-        packed: Document boundaries.
+        packed: Document boundaries; None for rows, which are never recorded.
     """
 
     hidden: torch.Tensor
     rotary: torch.Tensor | None
     padding: torch.Tensor | None
-    packed: PackedDocuments
+    packed: PackedDocuments | None
 
     def run(self, layers: Callable[..., torch.Tensor]) -> torch.Tensor:
         """Output of the layers."""
@@ -74,7 +74,7 @@ class MicroBatchKind:
         return cls(
             shapes=tuple(None if tensor is None else tensor.shape for tensor in tensors),
             needs_grad=inputs.hidden.requires_grad,
-            num_documents=max(_FEWEST_DOCUMENTS, 1 << (num_documents - 1).bit_length()),
+            num_documents=max(_FEWEST_DOCUMENTS, power_of_two_above(num_documents)),
             longest=len(inputs.hidden) if knows_no_longest else inputs.packed.max_seqlen_q,
         )
 
@@ -98,7 +98,7 @@ class LayerBuffers:
         self, kind: MicroBatchKind, inputs: LayerInputs, config: TransformerConfig
     ) -> None:
         def like(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else torch.empty_like(tensor, requires_grad=False)
+            return None if tensor is None else torch.empty_like(tensor)
 
         self._longest, self._config = kind.longest, config
         ends = inputs.packed.cu_seqlens_q.new_zeros(kind.num_documents + 1)

@@ -28,6 +28,7 @@ from mtrain.model.documents import PackedDocuments, has_blocks_everywhere
 from mtrain.model.gpt import LanguageModel
 from mtrain.model.layer_buffers import LayerBuffers, LayerInputs, MicroBatchKind
 from mtrain.platform.cuda_graphs import Record
+from mtrain.platform.device import has_gpu
 from mtrain.platform.weight_gradients import add_gradient, stand_in_gradient
 
 __all__ = ["replay_layers", "why_not_replayed"]
@@ -49,7 +50,7 @@ def replay_layers(model: LanguageModel, record: Record) -> list[torch.nn.Paramet
     """
     model.decoder.__class__ = ReplayedBlock
     model.decoder.replays = _Replays(model.decoder, record)
-    return [parameter for parameter in model.decoder.parameters() if parameter.requires_grad]
+    return model.decoder.replays.parameters
 
 
 def why_not_replayed(model: LanguageModel) -> str:
@@ -63,7 +64,7 @@ def why_not_replayed(model: LanguageModel) -> str:
     balancing = config.moe_router_load_balancing_type
     kinds = {balancing} if isinstance(balancing, str) else set(balancing)
     reasons = {
-        "there is no GPU": not torch.cuda.is_available(),
+        "there is no GPU": not has_gpu(),
         "the model is not in half precision": config.params_dtype == torch.float32,
         "nothing in the layers is trained": not any(
             parameter.requires_grad for parameter in model.decoder.parameters()
@@ -105,20 +106,15 @@ class ReplayedBlock(TransformerBlock):
     ) -> torch.Tensor:
         """[seq, 1, hidden] -> [seq, 1, hidden]; arguments as for Megatron-Core's class."""
         layers = functools.partial(super().forward, attention_mask=attention_mask, **others)
-        if not torch.is_grad_enabled():
-            return layers(
-                hidden_states,
-                packed_seq_params=packed_seq_params,
-                rotary_pos_emb=rotary_pos_emb,
-                padding_mask=padding_mask,
-            )
-        assert packed_seq_params is not None, "gradients of rows would get lost"
         inputs = LayerInputs(
             hidden=hidden_states,
             rotary=rotary_pos_emb,
             padding=padding_mask,
             packed=packed_seq_params,
         )
+        if not torch.is_grad_enabled():
+            return inputs.run(layers)
+        assert inputs.packed is not None, "gradients of rows would get lost"
         return self.replays(layers, inputs)
 
 
@@ -142,6 +138,9 @@ class _Recording:
 class _Replays:
     """Recordings of a block of layers, made when they are wanted.
 
+    Attributes:
+        parameters: What is trained of the layers.
+
     Args:
         block: The layers, with main gradients.
         record: See `replay_layers`.
@@ -151,9 +150,9 @@ class _Replays:
         self._config = block.config
         self._knows_no_longest = has_blocks_everywhere(block.config)
         self._record = record
-        self._parameters = [p for p in block.parameters() if p.requires_grad]
-        self._overwritten = [p for p in self._parameters if hasattr(p, "overwrites_main_grad")]
-        for parameter in self._parameters:
+        self.parameters = [p for p in block.parameters() if p.requires_grad]
+        self._overwritten = [p for p in self.parameters if hasattr(p, "overwrites_main_grad")]
+        for parameter in self.parameters:
             # At once, so that gradients of all layers need not be kept.
             parameter.register_hook(functools.partial(self._take_gradient, parameter))
         self._stream: torch.cuda.Stream | None = None
@@ -205,7 +204,7 @@ class _Replays:
         kept: list[torch.Tensor] = []
         written: list[torch.nn.Parameter] = []
         hidden = buffers.inputs.hidden
-        wanted = [hidden] * hidden.requires_grad + self._parameters
+        wanted = [hidden] * hidden.requires_grad + self.parameters
 
         def forward() -> None:
             with torch.enable_grad():

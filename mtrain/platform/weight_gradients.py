@@ -15,6 +15,7 @@ __all__ = [
     "add_to_main_grad",
     "install_weight_gradients",
     "stand_in_gradient",
+    "zero_if_old",
 ]
 
 
@@ -82,10 +83,15 @@ def add_gradient(weight: torch.Tensor, grad: torch.Tensor) -> None:
     """
     if weight.grad_added_to_main_grad:
         return
+    zero_if_old(weight)
+    weight.main_grad.add_(grad)
+
+
+def zero_if_old(weight: torch.Tensor) -> None:
+    """Empties a main gradient that is still that of the step before."""
     if getattr(weight, "overwrites_main_grad", False):
         weight.main_grad.zero_()
         weight.overwrites_main_grad = False
-    weight.main_grad.add_(grad)
 
 
 def _accumulate(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from mtrain.platform.weight_gradients import zero_if_old
+
 __all__ = ["DataParallel"]
 
 
@@ -79,7 +81,7 @@ class DataParallel(DistributedDataParallel):
     def _zero_untouched(self) -> None:
         """Gives weights that no micro-batch used the gradient that they should have."""
         for parameter in self._overwritten:
-            _zero_if_old(parameter)
+            zero_if_old(parameter)
 
     def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
         """Megatron-Core's, which adds a gradient that comes from autograd."""
@@ -88,7 +90,7 @@ class DataParallel(DistributedDataParallel):
             return hook
 
         def hook_on_numbers(*unused: Any) -> None:
-            _zero_if_old(param)
+            zero_if_old(param)
             hook(*unused)
 
         return hook_on_numbers
@@ -96,9 +98,3 @@ class DataParallel(DistributedDataParallel):
 
 def _can_overwrite(parameter: torch.nn.Parameter) -> bool:
     return getattr(parameter, "can_overwrite_main_grad", False)
-
-
-def _zero_if_old(parameter: torch.nn.Parameter) -> None:
-    if parameter.overwrites_main_grad:
-        parameter.main_grad.zero_()
-        parameter.overwrites_main_grad = False

@@ -8,7 +8,12 @@ import pytest
 
 from mtrain.cli.adapter_source import AdapterSource
 from mtrain.cli.model_source import open_source
-from mtrain.cli.rank_checks import check_attention, check_collectives, check_same_inputs
+from mtrain.cli.rank_checks import (
+    check_attention,
+    check_collectives,
+    check_cuda_graphs,
+    check_same_inputs,
+)
 from mtrain.config import (
     CheckpointConfig,
     DataConfig,
@@ -41,6 +46,13 @@ def test_the_library_of_the_device_is_accepted() -> None:
 def test_another_library_is_refused() -> None:
     with pytest.raises(ValueError, match="--ddp_backend nccl: the ranks talk over gloo on cpu"):
         check_collectives(ParallelConfig(ddp_backend="nccl"))
+
+
+def test_kernels_are_not_recorded_without_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr("mtrain.cli.rank_checks.has_gpu", lambda: False)
+    check_cuda_graphs(ModelConfig())
+    with pytest.raises(ValueError, match="--cuda_graph_impl local: there is no GPU; use auto"):
+        check_cuda_graphs(ModelConfig(cuda_graph_impl="local"))
 
 
 @pytest.mark.parametrize("kernel", ["fused", "unfused", "local"])

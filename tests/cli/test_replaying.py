@@ -5,9 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from mtrain.cli import replaying
-from mtrain.cli.rank_checks import check_cuda_graphs
 from mtrain.config import DataConfig, ModelConfig, SftConfig
-from mtrain.platform.device import has_gpu
 
 PACKED = DataConfig(packing=True)
 
@@ -58,10 +56,3 @@ def test_data_parallelism_leaves_what_is_replayed(monkeypatch) -> None:
     monkeypatch.setattr(replaying, "replay_layers", lambda model, record: [(model, record)])
     replaying.replay(["model"], [SimpleNamespace(leave=left.extend)])
     assert left == [("model", "record")]
-
-
-@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
-def test_without_a_gpu_it_is_refused_before_anything_is_loaded() -> None:
-    check_cuda_graphs(ModelConfig())
-    with pytest.raises(ValueError, match="--cuda_graph_impl local: there is no GPU; use auto"):
-        check_cuda_graphs(ModelConfig(cuda_graph_impl="local"))

@@ -172,6 +172,7 @@ def test_a_run_that_replays_its_layers_saves_the_same(config, tuner, monkeypatch
         assert bool(started) is (impl == "auto")
         monkeypatch.setattr(replaying, "why_not_replayed", lambda _model: "")
         monkeypatch.setattr(replaying, "graph_recorder", recorder)
+    assert all(saved)
     for plain, replayed in zip(*saved, strict=True):
         assert plain.read_bytes() == replayed.read_bytes()
 
