@@ -12,9 +12,10 @@ from mtrain.platform.cuda_graphs import Record
 from mtrain.training.optimizer import build_optimizer, build_scheduler
 from mtrain.training.random_state import reseed
 from mtrain.training.step import train_step
-from mtrain.training.wrap import unwrap, wrap_chunks
+from mtrain.training.wrap import gather_parameters, unwrap
 from tests.adapters import attached
 from tests.megatron import load_model
+from tests.test_overlap import wrapped
 from tests.training.rig import documents, packed
 
 STEPS = 4
@@ -22,10 +23,6 @@ STEPS = 4
 GROUPS = ([3, 5], [70, 2], [4, 4], [66, 3])
 LENGTH = 256
 OPTIMIZER = OptimizerConfig(lr=1e-3, lr_decay_style="constant")
-
-
-# Nobody hears of gradients of layers that are replayed.
-PARALLEL = ParallelConfig(overlap_grad_reduce=False)
 
 
 def micro_batches(step: int, *, rank: int) -> list:
@@ -51,6 +48,7 @@ def train(
     backend: str = "torch",
     dropout: float = 0.0,
     num_next_tokens: int = 0,
+    overlaps: bool = False,
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Weights and buffers after some steps, and the summed losses and gradient norms of the steps.
 
@@ -63,6 +61,8 @@ def train(
         backend: See `build_model`.
         dropout: Of the adapter.
         num_next_tokens: Layers of multi-token prediction.
+        overlaps: Whether communication overlaps, with a bucket for every parameter and segments of
+            one layer.
     """
     reseed(1)
     moe = MoEConfig(
@@ -74,16 +74,22 @@ def train(
     options = {"dtype": dtype, "backend": backend, "moe": moe, "num_next_tokens": num_next_tokens}
     if lora is None:
         [model] = load_model(state, folder, **options)
-        # First of all, and no micro-batch uses it.
-        unused = torch.nn.Parameter(torch.zeros(3, 5, dtype=dtype, device=state.device))
-        unused.can_overwrite_main_grad = True
-        model.decoder.register_parameter("unused", unused)
+        if not overlaps:
+            # First of all, and no micro-batch uses it. A reduction would wait for its gradient.
+            unused = torch.nn.Parameter(torch.zeros(3, 5, dtype=dtype, device=state.device))
+            unused.can_overwrite_main_grad = True
+            model.decoder.layers[0].register_parameter("unused", unused)
         fuse_weight_gradients([model])
     else:
         [model] = attached(state, folder, lora, dropout=dropout, **options)
-    [chunk] = wrap_chunks([model], parallel=PARALLEL, grad_reduce_in_fp32=True)
+    parallel = ParallelConfig() if overlaps else ParallelConfig(overlap_grad_reduce=False)
+    [chunk] = wrapped([model], parallel, splits=overlaps)
+    assert chunk.overlaps is overlaps
     if record is not None:
-        chunk.leave(replay_layers(model, record))
+        replay_layers(model, record, chunk, segment_length=1)
+        # A graph calls no module, so none may have to wait by itself.
+        for module in model.decoder.modules():
+            module._forward_pre_hooks.clear()
     optimizer = build_optimizer([chunk], OPTIMIZER)
     scheduler = build_scheduler(optimizer, OPTIMIZER, total_steps=STEPS)
     numbers = []
@@ -91,6 +97,7 @@ def train(
         batches = micro_batches(step, rank=state.rank)
         result = train_step([chunk], optimizer, scheduler, batches, state=state, step=step)
         numbers += [*result.sums.tolist(), result.grad_norm]
+    gather_parameters([chunk])
     bare = unwrap(chunk)
     tensors = {**dict(bare.named_parameters()), **dict(bare.named_buffers())}
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, numbers

@@ -7,7 +7,6 @@ This is the file to read first. By the time it runs, `mtrain.cli.main` has check
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import sys
@@ -140,14 +139,10 @@ def _wrap(
     total_steps: int,
 ) -> TrainingRun:
     """The model with gradient buffers, optimizer and all else that a run has."""
-    parallel = config.parallel
-    replays = replays_layers(bare, config, world_size=state.layout.world_size)
-    if replays:
-        no_overlaps = {"overlap_grad_reduce": False, "overlap_param_gather": False}
-        parallel = dataclasses.replace(parallel, **no_overlaps)
+    replays = replays_layers(bare, config)
     chunks = wrap_chunks(
         bare,
-        parallel=parallel,
+        parallel=config.parallel,
         grad_reduce_in_fp32=config.training.accumulate_allreduce_grads_in_fp32,
     )
     if replays:

@@ -315,8 +315,6 @@ def why_not_recorded(config: SftConfig) -> str:
     reasons = {
         "--packing true, whose batches have one shape": not config.data.packing,
         "--recompute_granularity none": config.training.recompute_granularity != "none",
-        "--overlap_grad_reduce false": parallel.overlap_grad_reduce is True,
-        "--overlap_param_gather false": parallel.overlap_param_gather is True,
         **{f"--{name} 1": getattr(parallel, name) > 1 for name in sizes},
     }
     return next((need for need, is_missing in reasons.items() if is_missing), "")

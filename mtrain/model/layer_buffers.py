@@ -5,7 +5,6 @@ of a length. Boundaries are filled up with documents of no tokens, which no kern
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -34,15 +33,6 @@ class LayerInputs:
     rotary: torch.Tensor | None
     padding: torch.Tensor | None
     packed: PackedDocuments | None
-
-    def run(self, layers: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """Output of the layers."""
-        return layers(
-            self.hidden,
-            packed_seq_params=self.packed,
-            rotary_pos_emb=self.rotary,
-            padding_mask=self.padding,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Layers whose kernels are recorded once and replayed for every micro-batch after that.
 
 A layer is about fifty kernels, and starting each from Python takes longer than small kernels run.
-Packs of one length always start the same ones, so a CUDA graph holds those of all layers forward,
-another those backward.
+Packs of one length always start the same ones, so CUDA graphs hold those of a segment of layers:
+one forward, one backward. Data parallelism works between segments; without any there is only one.
 
 The one thing to know: a recording reads and writes memory that stays where it is (`LayerBuffers`),
 so a micro-batch is copied there and its results are read there. It is of one kind of micro-batch
@@ -16,7 +16,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -27,6 +27,7 @@ from mtrain.model.dispatch import LocalTokenDispatcher
 from mtrain.model.documents import PackedDocuments, has_blocks_everywhere
 from mtrain.model.gpt import LanguageModel
 from mtrain.model.layer_buffers import LayerBuffers, LayerInputs, MicroBatchKind
+from mtrain.model.layer_segments import LayerSegment, SegmentedWork, split_layers
 from mtrain.platform.cuda_graphs import Record
 from mtrain.platform.device import has_gpu
 from mtrain.platform.weight_gradients import add_gradient, stand_in_gradient
@@ -34,23 +35,47 @@ from mtrain.platform.weight_gradients import add_gradient, stand_in_gradient
 __all__ = ["replay_layers", "why_not_replayed"]
 
 _BALANCE_LOSSES = {"aux_loss", "seq_aux_loss", "none"}
+# As many layers as have begun when gradients of the first of them may be sent.
+_SEGMENT_LENGTH = 4
 
 
-def replay_layers(model: LanguageModel, record: Record) -> list[torch.nn.Parameter]:
+class DataParallelism(Protocol):
+    """What it does beside layers that nobody watches (`mtrain.training.data_parallel`)."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether it works while layers do."""
+
+    def leave(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Watches no longer for gradients of these."""
+
+    def wait_for_parameters(self, modules: list[torch.nn.Module]) -> None:
+        """Is called before modules read their parameters."""
+
+    def gradients_are_added(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Is called when a micro-batch has added to the main gradients of these."""
+
+
+def replay_layers(
+    model: LanguageModel,
+    record: Record,
+    data_parallelism: DataParallelism,
+    *,
+    segment_length: int = _SEGMENT_LENGTH,
+) -> None:
     """Lets training on packs replay the layers of a model.
 
     Args:
         model: The only chunk of its rank; see `why_not_replayed`. All that is trained has a
             `main_grad`, which must stay where it is, as must the parameters.
         record: Of `mtrain.platform.cuda_graphs`.
-
-    Returns:
-        The parameters whose gradients go to their main gradients without anybody's help: nobody
-        else may have a hook on them.
+        data_parallelism: Of the model.
+        segment_length: Layers that are started as one, where data parallelism overlaps.
     """
+    length = segment_length if data_parallelism.overlaps else len(model.decoder.layers)
+    segments = split_layers(model.decoder, length=length)
     model.decoder.__class__ = ReplayedBlock
-    model.decoder.replays = _Replays(model.decoder, record)
-    return model.decoder.replays.parameters
+    model.decoder.replays = _Replays(model.decoder, segments, record, data_parallelism)
 
 
 def why_not_replayed(model: LanguageModel) -> str:
@@ -105,54 +130,77 @@ class ReplayedBlock(TransformerBlock):
         **others: Any,
     ) -> torch.Tensor:
         """[seq, 1, hidden] -> [seq, 1, hidden]; arguments as for Megatron-Core's class."""
-        layers = functools.partial(super().forward, attention_mask=attention_mask, **others)
+        if not torch.is_grad_enabled():
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                packed_seq_params=packed_seq_params,
+                rotary_pos_emb=rotary_pos_emb,
+                padding_mask=padding_mask,
+                **others,
+            )
+        assert packed_seq_params is not None, "gradients of rows would get lost"
         inputs = LayerInputs(
             hidden=hidden_states,
             rotary=rotary_pos_emb,
             padding=padding_mask,
             packed=packed_seq_params,
         )
-        if not torch.is_grad_enabled():
-            return inputs.run(layers)
-        assert inputs.packed is not None, "gradients of rows would get lost"
-        return self.replays(layers, inputs)
+        return self.replays(inputs)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Recording:
-    """The layers of one kind of micro-batch, forward and backward.
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A segment of one kind of micro-batch, forward and backward.
 
     Attributes:
-        buffers: Where they read and write.
-        forward: Fills `output`.
-        backward: Adds to main gradients and fills `input_grad`.
+        segment: The layers.
+        forward: Of the last one, fills the output in the buffers.
+        backward: Adds to main gradients; of the first one, fills the input's gradient.
         written: The parameters to whose main gradients it adds.
     """
 
-    buffers: LayerBuffers
+    segment: LayerSegment
     forward: Callable[[], None]
     backward: Callable[[], None]
     written: list[torch.nn.Parameter]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Recording:
+    """All layers of one kind of micro-batch."""
+
+    buffers: LayerBuffers
+    parts: list[_Part]
+
+
 class _Replays:
     """Recordings of a block of layers, made when they are wanted.
 
-    Attributes:
-        parameters: What is trained of the layers.
-
     Args:
         block: The layers, with main gradients.
+        segments: The same.
         record: See `replay_layers`.
+        data_parallelism: Likewise.
     """
 
-    def __init__(self, block: TransformerBlock, record: Record) -> None:
+    def __init__(
+        self,
+        block: TransformerBlock,
+        segments: list[LayerSegment],
+        record: Record,
+        data_parallelism: DataParallelism,
+    ) -> None:
         self._config = block.config
         self._knows_no_longest = has_blocks_everywhere(block.config)
+        self._segments = segments
         self._record = record
-        self.parameters = [p for p in block.parameters() if p.requires_grad]
-        self._overwritten = [p for p in self.parameters if hasattr(p, "overwrites_main_grad")]
-        for parameter in self.parameters:
+        self._data_parallelism = data_parallelism
+        parameters = [parameter for segment in segments for parameter in segment.parameters]
+        # Somebody else's hook would be called in a recording only.
+        data_parallelism.leave(parameters)
+        self._overwritten = [p for p in parameters if hasattr(p, "overwrites_main_grad")]
+        for parameter in parameters:
             # At once, so that gradients of all layers need not be kept.
             parameter.register_hook(functools.partial(self._take_gradient, parameter))
         self._stream: torch.cuda.Stream | None = None
@@ -162,7 +210,7 @@ class _Replays:
         # Hidden states want no gradient where the embedding is frozen; the layers do.
         self._anchor = torch.zeros((), requires_grad=True)
 
-    def __call__(self, layers: Callable[..., torch.Tensor], inputs: LayerInputs) -> torch.Tensor:
+    def __call__(self, inputs: LayerInputs) -> torch.Tensor:
         """Output of the layers, [seq, 1, hidden]."""
         # One that no micro-batch uses keeps its mark.
         is_first = all(parameter.overwrites_main_grad for parameter in self._overwritten)
@@ -173,19 +221,20 @@ class _Replays:
         buffers.fill(inputs)
         recording = self._recordings.get((kind, is_first))
         if recording is None and is_first in self._computed:
-            recording = self._try_to_record(layers, buffers)
+            recording = self._try_to_record(buffers)
             self._recordings[kind, is_first] = recording
         elif recording is None:
             self._computed.add(is_first)
-            recording = self._recording(layers, buffers, _do_not_record)
-        return _Replay.apply(inputs.hidden, self._anchor, recording)
+            recording = self._recording(buffers, _do_not_record)
+        return _Replay.apply(inputs.hidden, self._anchor, recording, self._data_parallelism)
 
-    def _try_to_record(
-        self, layers: Callable[..., torch.Tensor], buffers: LayerBuffers
-    ) -> _Recording:
+    def _try_to_record(self, buffers: LayerBuffers) -> _Recording:
         """A recording; what does the work each time, if there is no memory for one, say."""
+        # Modules that wait while they are recorded would wait in every replay.
+        for segment in self._segments:
+            self._data_parallelism.wait_for_parameters(segment.modules)
         try:
-            return self._recording(layers, buffers, self._record)
+            return self._recording(buffers, self._record)
         except RuntimeError as error:
             # A recording runs nothing, so nothing is lost.
             reason = str(error).partition("\n")[0]
@@ -196,36 +245,23 @@ class _Replays:
             )
             self._record = _do_not_record
             self._recordings.clear()
-            return self._recording(layers, buffers, _do_not_record)
+            return self._recording(buffers, _do_not_record)
 
-    def _recording(
-        self, layers: Callable[..., torch.Tensor], buffers: LayerBuffers, record: Record
-    ) -> _Recording:
-        kept: list[torch.Tensor] = []
-        written: list[torch.nn.Parameter] = []
-        hidden = buffers.inputs.hidden
-        wanted = [hidden] * hidden.requires_grad + self.parameters
+    def _recording(self, buffers: LayerBuffers, record: Record) -> _Recording:
+        work = SegmentedWork(self._segments, buffers)
+        numbers = range(len(self._segments))
 
-        def forward() -> None:
-            with torch.enable_grad():
-                kept[:] = [buffers.inputs.run(layers)]
-            buffers.output.copy_(kept[0].detach())
-
-        def backward() -> None:
-            self._stream = torch.cuda.current_stream() if hidden.is_cuda else None
-            grads = torch.autograd.grad(kept.pop(), wanted, buffers.grad, allow_unused=True)
-            if hidden.requires_grad:
-                buffers.input_grad.copy_(grads[0])
-            written[:] = [
-                tensor
-                for tensor, grad in zip(wanted, grads, strict=True)
-                if grad is not None and tensor is not hidden
-            ]
+        def backward(index: int) -> None:
+            self._stream = torch.cuda.current_stream() if buffers.grad.is_cuda else None
+            work.backward(index)
 
         with self._kept_marks():
-            return _Recording(
-                buffers=buffers, forward=record(forward), backward=record(backward), written=written
-            )
+            # In the order in which they are replayed: they take memory from each other.
+            forwards = [record(functools.partial(work.forward, index)) for index in numbers]
+            backwards = [record(functools.partial(backward, index)) for index in reversed(numbers)]
+        ways = zip(self._segments, forwards, reversed(backwards), work.written, strict=True)
+        parts = [_Part(*way) for way in ways]
+        return _Recording(buffers=buffers, parts=parts)
 
     def _take_gradient(self, parameter: torch.nn.Parameter, grad: torch.Tensor) -> torch.Tensor:
         """Adds a gradient to the main gradient; what is handed on takes no memory."""
@@ -250,7 +286,7 @@ def _do_not_record(work: Callable[[], None]) -> Callable[[], None]:
 
 
 class _Replay(torch.autograd.Function):
-    """Gives autograd a recording for one function."""
+    """Gives autograd a recording as one function."""
 
     @staticmethod
     def forward(
@@ -258,9 +294,12 @@ class _Replay(torch.autograd.Function):
         hidden: torch.Tensor,
         anchor: torch.Tensor,
         recording: _Recording,
+        data_parallelism: DataParallelism,
     ) -> torch.Tensor:
-        ctx.recording = recording
-        recording.forward()
+        ctx.recording, ctx.data_parallelism = recording, data_parallelism
+        for part in recording.parts:
+            data_parallelism.wait_for_parameters(part.segment.modules)
+            part.forward()
         return recording.buffers.output.detach()
 
     @staticmethod
@@ -268,8 +307,10 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         buffers = ctx.recording.buffers
         buffers.grad.copy_(grad)
-        ctx.recording.backward()
-        for parameter in ctx.recording.written:
-            parameter.overwrites_main_grad = False
+        for part in reversed(ctx.recording.parts):
+            part.backward()
+            for parameter in part.written:
+                parameter.overwrites_main_grad = False
+            ctx.data_parallelism.gradients_are_added(part.written)
         grad = buffers.input_grad
-        return None if grad is None else grad.detach(), None, None
+        return None if grad is None else grad.detach(), None, None, None

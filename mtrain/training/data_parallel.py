@@ -11,7 +11,7 @@ adds to it, or reads it, zeros are made up for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,11 +50,33 @@ class DataParallel(DistributedDataParallel):
                     start = end
             yield buffer.grad_data[start:]
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether gradients are reduced while backward goes on."""
+        return self.ddp_config.overlap_grad_reduce
+
     def leave(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """No longer watches for gradients of these, which others add to their main gradients."""
-        assert not self.ddp_config.overlap_grad_reduce, "reductions wait for gradients"
+        """No longer watches for gradients of these: who adds them to main gradients says so."""
         left = {id(parameter) for parameter in parameters}
         self.grad_accs = [node for node in self.grad_accs if id(node.variable) not in left]
+
+    def gradients_are_added(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Reduces what is complete, if that overlaps with backward.
+
+        Args:
+            parameters: Of those that were left, in the order of the model; each once a micro-batch.
+        """
+        if self.overlaps:
+            for parameter in reversed(parameters):
+                group = self.param_to_bucket_group[parameter]
+                group.register_grad_ready(parameter, self.force_all_reduce)
+
+    def wait_for_parameters(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Waits for those of modules that are not called as such, if they are still gathered."""
+        if self.ddp_config.overlap_param_gather:
+            wait = self._make_forward_pre_hook()
+            for module in modules:
+                wait(module)
 
     def zero_grad_buffer(self) -> None:
         """Begins a step."""

@@ -105,7 +105,7 @@ def _in_half_precision(config: TransformerConfig, chunk: GPTModel) -> Float16Mod
     return wrapped
 
 
-def _wait_where_parameters_are_read(chunk: DistributedDataParallel) -> None:
+def _wait_where_parameters_are_read(chunk: DataParallel) -> None:
     """Corrects which modules wait for parameters that are still being gathered.
 
     Megatron-Core lets every module wait for its own parameters before it is called. Most have none
@@ -115,10 +115,11 @@ def _wait_where_parameters_are_read(chunk: DistributedDataParallel) -> None:
     for module, handle in chunk.remove_forward_pre_hook_handles.items():
         if chunk.param_to_bucket_group.keys().isdisjoint(module.parameters(recurse=False)):
             handle.remove()
-    wait = chunk._make_forward_pre_hook()
     for layer in chunk.modules():
         if isinstance(layer, MoELayer) and layer.shared_experts and layer.shared_expert_overlap:
-            layer.register_forward_pre_hook(lambda layer, _inputs: wait(layer.shared_experts))
+            layer.register_forward_pre_hook(
+                lambda layer, _inputs: chunk.wait_for_parameters([layer.shared_experts])
+            )
 
 
 def _connect_schedule(

@@ -1,7 +1,5 @@
 """When layers are replayed; that it changes nothing is in tests/model/test_replay.py."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from mtrain.cli import replaying
@@ -10,22 +8,15 @@ from mtrain.config import DataConfig, ModelConfig, SftConfig
 PACKED = DataConfig(packing=True)
 
 
-def replays(monkeypatch, *, impl="auto", reason="", world_size=1, **sections) -> bool:
+def replays(monkeypatch, *, impl="auto", reason="", **sections) -> bool:
     monkeypatch.setattr(replaying, "why_not_replayed", lambda model: reason)
     sections = {"data": PACKED, "model": ModelConfig(cuda_graph_impl=impl)} | sections
-    return replaying.replays_layers(["model"], SftConfig(**sections), world_size=world_size)
+    return replaying.replays_layers(["model"], SftConfig(**sections))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"impl": "local"},
-        {"impl": "local", "world_size": 2},
-    ],
-)
-def test_layers_are_replayed_where_they_can_be(options, monkeypatch) -> None:
-    assert replays(monkeypatch, **options)
+@pytest.mark.parametrize("impl", ["auto", "local"])
+def test_layers_are_replayed_where_they_can_be(impl, monkeypatch) -> None:
+    assert replays(monkeypatch, impl=impl)
 
 
 @pytest.mark.parametrize(
@@ -34,8 +25,6 @@ def test_layers_are_replayed_where_they_can_be(options, monkeypatch) -> None:
         {"impl": "none"},
         {"reason": "there is no GPU"},
         {"data": DataConfig()},
-        # Gradients may be sent beside backward.
-        {"world_size": 2},
     ],
 )
 def test_elsewhere_they_are_computed_as_they_are(options, monkeypatch) -> None:
@@ -50,9 +39,9 @@ def test_who_asks_for_it_is_told_why_it_cannot_be(monkeypatch) -> None:
     )
 
 
-def test_data_parallelism_leaves_what_is_replayed(monkeypatch) -> None:
-    left: list[object] = []
+def test_every_chunk_has_its_own_data_parallelism(monkeypatch) -> None:
+    replayed: list[tuple] = []
     monkeypatch.setattr(replaying, "graph_recorder", lambda: "record")
-    monkeypatch.setattr(replaying, "replay_layers", lambda model, record: [(model, record)])
-    replaying.replay(["model"], [SimpleNamespace(leave=left.extend)])
-    assert left == [("model", "record")]
+    monkeypatch.setattr(replaying, "replay_layers", lambda *given: replayed.append(given))
+    replaying.replay(["model"], ["chunk"])
+    assert replayed == [("model", "record", "chunk")]

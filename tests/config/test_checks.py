@@ -122,15 +122,6 @@ def test_good_combinations_pass(flags: dict[str, object]) -> None:
             {"packing": True, "max_length": 64, "packing_length": 32},
             "--packing_length 32 must be at least --max_length 64",
         ),
-        (
-            {
-                "cuda_graph_impl": "local",
-                "packing": True,
-                "max_length": 64,
-                "overlap_grad_reduce": True,
-            },
-            "--cuda_graph_impl local needs --overlap_grad_reduce false",
-        ),
         ({"cuda_graph_impl": "local"}, "--cuda_graph_impl local needs --packing true"),
         (
             {

@@ -86,10 +86,12 @@ def test_training_of_an_adapter_is_the_same_bit_for_bit(dtype, dropout, tmp_path
     assert repeated >= 2 * 6
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("uses_lora", [False, True])
-def test_data_parallel_ranks_train_the_same_bit_for_bit(uses_lora, tmp_path):
+def test_data_parallel_ranks_train_the_same_bit_for_bit(uses_lora, overlaps, tmp_path):
     folder = make_checkpoint(tmp_path, "qwen3_moe_mixed")
     options = {"lora": plan_of(folder)[1], "dropout": 0.2} if uses_lora else {}
+    options["overlaps"] = overlaps
     found = run_ranks(ParallelLayout(world_size=2), compare_and_count, folder, options)
     assert [differing for differing, *_ in found] == [[], []]
 
