@@ -12,6 +12,7 @@ fixed order.
 
 import dataclasses
 import functools
+import itertools
 import os
 import sys
 import tempfile
@@ -75,8 +76,10 @@ def all_cases() -> dict[str, tuple[ParallelLayout, Any]]:
     cases = {
         name: (case.sizes, functools.partial(with_overlaps, case)) for name, case in CASES.items()
     }
-    cases["replayed, dp2"] = (two, functools.partial(replayed, uses_lora=False))
-    cases["replayed, dp2, lora"] = (two, functools.partial(replayed, uses_lora=True))
+    for uses_lora, overlaps in itertools.product((False, True), repeat=2):
+        name = "replayed, dp2" + ", overlaps" * overlaps + ", lora" * uses_lora
+        comparison = functools.partial(replayed, uses_lora=uses_lora, overlaps=overlaps)
+        cases[name] = (two, comparison)
     if has_transformer_engine():
         sizes = ParallelLayout(world_size=2, ep_size=2)
         for dispatcher in ("alltoall", "allgather"):
@@ -113,8 +116,8 @@ def with_overlaps(case: Any, state: ParallelState, folder: Path) -> list[str]:
     return [text for texts in found.values() for text in texts]
 
 
-def replayed(state: ParallelState, folder: Path, *, uses_lora: bool) -> list[str]:
-    """Training with layers replayed and as they are."""
+def replayed(state: ParallelState, folder: Path, *, uses_lora: bool, overlaps: bool) -> list[str]:
+    """Training with layers replayed and as they are, both with or without overlaps."""
     from mtrain.platform.cuda_graphs import graph_recorder
     from tests.adapters import plan_of
     from tests.replays import compare
@@ -125,7 +128,7 @@ def replayed(state: ParallelState, folder: Path, *, uses_lora: bool) -> list[str
     record = graph_recorder() if has_gpu() else lambda work: work
     options = {"lora": plan_of(folder)[1], "dropout": 0.1} if uses_lora else {}
     warnings.filterwarnings("error", "layers could not be recorded")
-    return compare(state, folder, record, dtype=torch.bfloat16, **options)
+    return compare(state, folder, record, dtype=torch.bfloat16, overlaps=overlaps, **options)
 
 
 def sorted_by_kernel(dispatcher: str, state: ParallelState, folder: Path) -> list[str]:

@@ -30,7 +30,7 @@ class MoEConfig:
     )
     moe_enable_deepep: bool = flag(False, "Exchange tokens with DeepEP.")
     moe_grouped_gemm: bool = flag(True, "Compute all local experts in one grouped product.")
-    moe_permute_fusion: bool = flag(False, "Fused token permutation, where the kernel exists.")
+    moe_permute_fusion: bool = flag(True, "Fused token permutation, where the kernel exists.")
     moe_shared_expert_overlap: bool = flag(
         False, "Overlap shared experts with the token exchange, in models that have them."
     )

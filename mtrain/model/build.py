@@ -191,7 +191,10 @@ def _routing(
         "moe_z_loss_coeff": moe.moe_z_loss_coeff,
         "moe_router_dtype": None if moe.moe_router_dtype == "none" else moe.moe_router_dtype,
         "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
-        "moe_permute_fusion": moe.moe_permute_fusion and has_transformer_engine(),
+        # The kernel writes as many rows as the router chose, whatever the capacity.
+        "moe_permute_fusion": moe.moe_permute_fusion
+        and has_transformer_engine()
+        and not moe.moe_pad_expert_input_to_capacity,
         "moe_grouped_gemm": True,
         "moe_router_bias_update_rate": moe.moe_router_bias_update_rate,
         # A second stream of the GPU: elsewhere there is nothing to overlap.

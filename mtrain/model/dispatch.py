@@ -154,7 +154,11 @@ class LocalTokenDispatcher(MoETokenDispatcher):
 
 
 class ExpertLayer(MoELayer):
-    """Megatron-Core's layer with experts, which keeps tokens that need not travel at home."""
+    """Megatron-Core's layer with experts, which keeps tokens that need not travel at home.
+
+    Attributes:
+        sorts_by_kernel: Whether Transformer Engine sorts tokens by expert.
+    """
 
     def __init__(
         self,
@@ -166,8 +170,28 @@ class ExpertLayer(MoELayer):
         # As Megatron-Core does where none are given.
         groups = pg_collection or get_default_pg_collection()
         super().__init__(config, *args, pg_collection=groups, **kwargs)
+        self.sorts_by_kernel = config.moe_permute_fusion
         if _can_stay(config, num_ranks=groups.tp_ep.size()):
             self.token_dispatcher = LocalTokenDispatcher(config, groups)
+            self.sorts_by_kernel = False
+
+    def preprocess(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Megatron-Core's, which sorts tokens by expert.
+
+        Args:
+            hidden_states: [seq, batch, hidden].
+            probs: [tokens, experts], weights of the experts; 0 for others.
+            routing_map: bool [tokens, experts].
+
+        Returns:
+            Rows and their weights, as far as they are ready to be sent.
+        """
+        if self.sorts_by_kernel and probs.requires_grad and not hidden_states.requires_grad:
+            # Transformer Engine's kernel gives weights a gradient with that of tokens only.
+            hidden_states = hidden_states.detach().requires_grad_()
+        return super().preprocess(hidden_states, probs, routing_map)
 
 
 def _can_stay(config: TransformerConfig, *, num_ranks: int) -> bool:

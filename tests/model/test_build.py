@@ -17,6 +17,15 @@ from mtrain.parallel import ParallelLayout
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 
+# Of Transformer Engine, which Megatron-Core looks for.
+KERNELS = (
+    "fused_permute",
+    "fused_permute_with_probs",
+    "fused_sort_chunks_by_index",
+    "fused_sort_chunks_by_index_with_probs",
+    "fused_unpermute",
+)
+
 
 def config_of(
     name="qwen3",
@@ -151,6 +160,27 @@ def test_weights_activations_and_pipeline_share_the_precision(dtype, bf16, fp16)
 def test_settings_reach_megatron(settings, expected) -> None:
     config = config_of(**settings)
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("moe", "fuses"),
+    [
+        (MoEConfig(), True),
+        (MoEConfig(moe_permute_fusion=False), False),
+        (MoEConfig(moe_expert_capacity_factor=2.0), True),
+        (
+            MoEConfig(moe_expert_capacity_factor=2.0, moe_pad_expert_input_to_capacity=True),
+            False,
+        ),
+    ],
+)
+def test_tokens_are_sorted_by_a_kernel_where_it_is_right(moe, fuses, monkeypatch) -> None:
+    monkeypatch.setattr("mtrain.model.build.has_transformer_engine", lambda: False)
+    assert not config_of("qwen3_moe", moe=moe).moe_permute_fusion
+    monkeypatch.setattr("mtrain.model.build.has_transformer_engine", lambda: True)
+    for name in KERNELS:
+        monkeypatch.setattr(f"megatron.core.transformer.moe.moe_utils.{name}", print, raising=False)
+    assert config_of("qwen3_moe", moe=moe).moe_permute_fusion is fuses
 
 
 def test_routing_settings_do_not_touch_a_dense_model() -> None:

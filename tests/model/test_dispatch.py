@@ -1,3 +1,5 @@
+from unittest import mock
+
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import permute, unpermute
@@ -92,6 +94,34 @@ def test_a_model_gives_the_same_whoever_carries_its_tokens(name, tmp_path) -> No
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(grads, other_grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def permute_as_the_kernel(tokens, routing_map, probs, **options):
+    """Of Transformer Engine: weights get a gradient with that of tokens only."""
+    return permute(
+        tokens, routing_map, probs if tokens.requires_grad else probs.detach(), **options
+    )
+
+
+def router_gradients(state, folder):
+    """Of a router with nothing in front of it that is trained, without and with the kernel."""
+    [model] = load_model(state, folder, moe=MoEConfig(moe_expert_capacity_factor=50.0))
+    layer = model.decoder.layers[-1].mlp
+    tokens = torch.randn(12, 1, model.config.hidden_size)
+    grads = []
+    for kernel in (permute, permute_as_the_kernel):
+        layer.sorts_by_kernel = kernel is permute_as_the_kernel
+        with mock.patch("megatron.core.transformer.moe.token_dispatcher.permute", kernel):
+            output, _ = layer(tokens)
+        grads += torch.autograd.grad((output**2).sum(), layer.router.weight)
+    return grads
+
+
+def test_a_router_learns_behind_tokens_that_want_no_gradient(tmp_path) -> None:
+    folder = make_checkpoint(tmp_path, "qwen3_moe")
+    [(expected, found)] = run_ranks(ParallelLayout(), router_gradients, folder)
+    assert expected.norm() > 0
+    assert torch.equal(found, expected)
 
 
 def dispatcher_of(state, folder):

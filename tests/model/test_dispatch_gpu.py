@@ -86,3 +86,16 @@ def test_fused_sorting_rounds_no_worse_in_half_precision(name, dispatcher, state
         allowed = (rounded - exact).norm()
         assert allowed <= 0.02 * exact.norm()
         assert (ours - exact).norm() <= 1.05 * allowed
+
+
+def test_a_router_learns_behind_tokens_that_want_no_gradient(state, tmp_path):
+    folder = make_checkpoint(tmp_path, "qwen3_moe", hidden_size=128, moe_intermediate_size=64)
+    grads = []
+    for fuses in (False, True):
+        with mock.patch("mtrain.model.dispatch._can_stay", lambda *_args, **_kwargs: False):
+            (model,) = load_model(state, folder, moe=MoEConfig(moe_permute_fusion=fuses))
+        layer = model.decoder.layers[-1].mlp
+        tokens = torch.randn(64, 1, 128, generator=torch.Generator().manual_seed(0)).cuda()
+        output, _ = layer(tokens)
+        grads += torch.autograd.grad((output**2).sum(), layer.router.weight)
+    assert (grads[1] - grads[0]).norm() <= 1e-3 * grads[0].norm()
