@@ -5,6 +5,7 @@ in the data is only (seed, epoch, units consumed), and which samples a step trai
 depend on the number of ranks.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ class BatchPlan:
     [s * global_batch_size, (s + 1) * global_batch_size), or as many behind the unit that a resumed
     run begins with. Every sample occurs once an epoch, nothing is dropped: behind the end of the
     last epoch come empty units.
+
+    Several threads may ask at once. Packs of an epoch are planned when they are first asked for, by
+    whoever asks.
     """
 
     def __init__(
@@ -79,17 +83,24 @@ class BatchPlan:
         self._packing_strategy = packing_strategy
         self._first_step = first_step
         self._first_stream_unit = first_unit
+        self._lock = threading.RLock()
         self._planned: dict[int, Units] = {}
         # First unit of epoch 0, 1, ... in the stream; grows when a step asks for more.
-        self._first_units = [0, len(self.units(0))]
+        self._epoch_size = len(self.units(0))
+        self._first_units = [0, self._epoch_size]
 
     def units(self, epoch: int) -> Units:
         """The units of an epoch, in order; the last two epochs asked for are kept."""
-        if epoch not in self._planned:
-            if len(self._planned) == 2:
-                del self._planned[min(self._planned)]
-            self._planned[epoch] = self._plan(epoch)
-        return self._planned[epoch]
+        # Who asks for what is there does not wait while another epoch is planned.
+        if (units := self._planned.get(epoch)) is not None:
+            return units
+        with self._lock:
+            if epoch not in self._planned:
+                units = self._plan(epoch)
+                if len(self._planned) == 2:
+                    del self._planned[min(self._planned)]
+                self._planned[epoch] = units
+            return self._planned[epoch]
 
     def _plan(self, epoch: int) -> Units:
         if self._packing_length is None:
@@ -177,12 +188,15 @@ class BatchPlan:
         return self._num_epochs is None or epoch < self._num_epochs
 
     def _first_unit(self, epoch: int) -> int:
-        while len(self._first_units) <= epoch:
-            # Only the sequential strategy on a shuffled order gives epochs of different sizes.
-            varies = self._packing_length is not None and self._packing_strategy == "sequential"
-            planned = self.units(len(self._first_units) - 1 if varies else 0)
-            self._first_units.append(self._first_units[-1] + len(planned))
-        return self._first_units[epoch]
+        if epoch < len(self._first_units):
+            return self._first_units[epoch]
+        with self._lock:
+            while len(self._first_units) <= epoch:
+                # Only the sequential strategy on a shuffled order gives epochs of different sizes.
+                varies = self._packing_length is not None and self._packing_strategy == "sequential"
+                size = len(self.units(len(self._first_units) - 1)) if varies else self._epoch_size
+                self._first_units.append(self._first_units[-1] + size)
+            return self._first_units[epoch]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +253,7 @@ def collate(
 ) -> PackedBatch:
     """Build the tensors of one micro-batch from the sample ids of its units."""
     ids = np.concatenate(units)
-    samples = [dataset[int(index)] for index in ids]
+    samples = dataset.samples(ids)
     sample_ids = tuple(ids.tolist())
     if layout.packing_length is None and not layout.padding_free:
         return _collate_rows(samples, sample_ids, layout)
@@ -334,12 +348,12 @@ def load_steps(
         prefetch_factor: Steps each thread is ahead.
     """
 
-    def build(micro_batches: list[list[np.ndarray]]) -> list[PackedBatch]:
+    def build(step: int) -> list[PackedBatch]:
+        micro_batches = plan.micro_batches(step, dp_rank=dp_rank, dp_size=dp_size)
         return [collate(dataset, units, layout) for units in micro_batches]
 
-    planned = (plan.micro_batches(step, dp_rank=dp_rank, dp_size=dp_size) for step in steps)
     if num_workers == 0:
-        yield from map(build, planned)
+        yield from map(build, steps)
         return
     with ThreadPoolExecutor(num_workers, thread_name_prefix="mtrain-data") as executor:
-        yield from map_ahead(executor, build, planned, ahead=num_workers * prefetch_factor)
+        yield from map_ahead(executor, build, steps, ahead=num_workers * prefetch_factor)

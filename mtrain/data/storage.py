@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
@@ -104,8 +105,7 @@ def _as_array(values: np.ndarray) -> pyarrow.Array:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """One document. `input_ids` and `labels` are int32 [length], read-only views of the file."""
 
     input_ids: np.ndarray
@@ -127,38 +127,72 @@ class TokenizedDataset:
         path = folder / _FILE_NAME
         if not path.is_file():
             raise ValueError(f"{folder}: no prepared data ({_FILE_NAME}) here")
-        table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
+        file = pyarrow.memory_map(str(path)).read_buffer()
+        table = pyarrow.ipc.open_stream(file).read_all()
         lengths = [_as_numpy(chunk) for chunk in table.column("length").chunks]
         self.lengths: np.ndarray = np.concatenate(lengths or [np.empty(0, np.int32)])
         self._places = table.column("place")
-        self._input_ids = [_views(chunk) for chunk in table.column("input_ids").chunks]
-        self._labels = [_views(chunk) for chunk in table.column("labels").chunks]
-        rows = [len(offsets) - 1 for offsets, _ in self._input_ids]
-        self._first_rows = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
+        # Everything is found by its place in the file: samples of a batch lie in many chunks.
+        self._file = np.frombuffer(file, dtype=np.int32)
+        self._input_ids = _Lists(table.column("input_ids"), file)
+        self._labels = _Lists(table.column("labels"), file)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        chunk = int(np.searchsorted(self._first_rows, index, side="right")) - 1
-        row = index - int(self._first_rows[chunk])
-        offsets, ids = self._input_ids[chunk]
-        label_offsets, labels = self._labels[chunk]
-        return Sample(
-            ids[offsets[row] : offsets[row + 1]],
-            labels[label_offsets[row] : label_offsets[row + 1]],
-        )
+        return self.samples(np.array([index]))[0]
+
+    def samples(self, indices: np.ndarray) -> list[Sample]:
+        """Samples by number, int64 [num_indices].
+
+        Raises:
+            IndexError: There is none with such a number.
+        """
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"samples {indices.min()} to {indices.max()} of {len(self)}")
+        lengths = self.lengths[indices]
+        ids = self._input_ids.starts(indices, self._file)
+        labels = self._labels.starts(indices, self._file)
+        bounds = np.stack([ids, ids + lengths, labels, labels + lengths], axis=1).tolist()
+        file = self._file
+        return [Sample(file[i:j], file[k:end]) for i, j, k, end in bounds]
 
     def place(self, index: int) -> str:
         """File and line that a sample comes from, for messages about it."""
         return self._places[index].as_py()
 
 
-def _views(lists: pyarrow.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets and flat values, both without a copy."""
-    return _as_numpy(lists.offsets), _as_numpy(lists.values)
+class _Lists:
+    """A column of lists in a file.
+
+    Args:
+        column: Lists of int32, in chunks.
+        file: Mapped; places in it are counted in values of four bytes.
+    """
+
+    def __init__(self, column: pyarrow.ChunkedArray, file: pyarrow.Buffer) -> None:
+        chunks = column.chunks
+
+        def places(arrays: list[pyarrow.Array]) -> np.ndarray:
+            addresses = [array.buffers()[1].address for array in arrays]
+            offsets = [array.offset for array in arrays]
+            return (np.array(addresses, np.int64) - file.address) // 4 + np.array(offsets, np.int64)
+
+        self._first_rows = np.cumsum([0, *map(len, chunks)])
+        self._offsets = places([chunk.offsets for chunk in chunks])
+        self._values = places([chunk.values for chunk in chunks])
+
+    def starts(self, rows: np.ndarray, file: np.ndarray) -> np.ndarray:
+        """Where lists begin in the file, int64 [num_rows].
+
+        Args:
+            rows: Numbers of lists, int64 [num_rows].
+            file: int32, all of it.
+        """
+        chunk = np.searchsorted(self._first_rows, rows, side="right") - 1
+        offsets = self._offsets[chunk] + rows - self._first_rows[chunk]
+        return self._values[chunk] + file[offsets]
 
 
 def _as_numpy(array: pyarrow.Array) -> np.ndarray:

@@ -1,4 +1,5 @@
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -225,8 +226,8 @@ def test_an_empty_micro_batch_is_all_padding(dataset, layout, shape):
     assert batch.position_ids.max() < 40
 
 
-def steps_of(dataset, steps=None, **arguments):
-    plan = make_plan(dataset, num_epochs=2, packing_length=40)
+def steps_of(dataset, steps=None, plan=None, **arguments):
+    plan = plan or make_plan(dataset, num_epochs=2, packing_length=40)
     layout = BatchLayout(micro_batch_size=1, packing_length=40)
     steps = steps or range(plan.total_steps)
     return load_steps(dataset, plan, layout, steps, dp_rank=1, dp_size=2, **arguments)
@@ -258,3 +259,34 @@ def test_batches_are_built_ahead_by_other_threads(dataset, monkeypatch):
     steps.close()
     assert builders
     assert all(name.startswith("mtrain-data") for name in builders)
+
+
+def test_nobody_waits_while_packs_of_another_epoch_are_planned(dataset, monkeypatch):
+    plan = make_plan(dataset, num_epochs=None, packing_length=40)
+    begins, may_end = threading.Event(), threading.Event()
+    plan_packs = loader.plan_packs
+
+    def slow_plan_packs(*args, **options):
+        begins.set()
+        assert may_end.wait(30)
+        return plan_packs(*args, **options)
+
+    monkeypatch.setattr(loader, "plan_packs", slow_plan_packs)
+    num_steps = len(plan.units(0)) // 8
+    steps = steps_of(dataset, range(num_steps + 2), plan=plan, num_workers=1, prefetch_factor=9)
+    first = next(steps)
+    assert begins.wait(30)
+    assert plan.epochs_consumed(1) == 8 / len(plan.units(0))
+    assert plan.position(num_steps).epoch == 0
+    may_end.set()
+    assert len([first, *steps]) == num_steps + 2
+
+
+def test_threads_that_plan_at_once_agree(dataset):
+    changes = {"num_epochs": None, "packing_length": 40, "packing_strategy": "sequential"}
+    expected = [make_plan(dataset, **changes).step_units(step) for step in range(40)]
+    plan = make_plan(dataset, **changes)
+    with ThreadPoolExecutor(8) as executor:
+        found = list(executor.map(plan.step_units, range(40)))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [unit.tolist() for unit in ours] == [unit.tolist() for unit in theirs]

@@ -31,6 +31,23 @@ def test_what_is_written_is_read_across_chunks(tmp_path):
         assert dataset.place(index) == sample.place
 
 
+def test_samples_are_read_in_any_order(tmp_path):
+    samples = make_samples(np.random.default_rng(0), 23)
+    write_samples(tmp_path / "d", [samples[:10], samples[10:11], samples[11:]])
+    dataset = TokenizedDataset(tmp_path / "d")
+    indices = np.array([22, 0, 10, 10, 11, 9])
+    found = dataset.samples(indices)
+    assert [sample.input_ids.tolist() for sample in found] == [
+        samples[index].input_ids.tolist() for index in indices
+    ]
+    assert [sample.labels.tolist() for sample in found] == [
+        samples[index].labels.tolist() for index in indices
+    ]
+    assert dataset.samples(indices[:0]) == []
+    with pytest.raises(IndexError, match="samples 3 to 23 of 23"):
+        dataset.samples(np.array([4, 23, 3]))
+
+
 def test_the_file_is_one_of_hugging_face_datasets(tmp_path):
     import datasets
 
