@@ -71,7 +71,7 @@ class DataConfig:
 
     train_dataloader_shuffle: bool = flag(True, "Shuffle the training rows every epoch.")
     dataloader_num_workers: int = flag(
-        0, "Threads that build batches ahead; reading memory-mapped rows needs none.", minimum=0
+        1, "Threads that build batches ahead; 0: training builds them itself.", minimum=0
     )
     dataloader_pin_memory: bool = flag(True, "Pin host memory when training on a GPU.")
     dataloader_persistent_workers: bool = flag(True, "Keep the threads between epochs.")
