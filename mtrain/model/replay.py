@@ -13,6 +13,7 @@ compiles kernels.
 
 import contextlib
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mtrain.model.delta_net import GatedDeltaNet
 from mtrain.model.dispatch import LocalTokenDispatcher
@@ -75,7 +77,7 @@ def replay_layers(
     length = segment_length if data_parallelism.overlaps else len(model.decoder.layers)
     segments = split_layers(model.decoder, length=length)
     model.decoder.__class__ = ReplayedBlock
-    model.decoder.replays = _Replays(model.decoder, segments, record, data_parallelism)
+    model.decoder.replays = _Replays(model.config, segments, record, data_parallelism)
 
 
 def why_not_replayed(model: LanguageModel) -> str:
@@ -175,28 +177,30 @@ class _Recording:
 
 
 class _Replays:
-    """Recordings of a block of layers, made when they are wanted.
+    """Recordings of all layers, made when they are wanted.
 
     Args:
-        block: The layers, with main gradients.
-        segments: The same.
+        config: Model shape and attention kernel.
+        segments: The layers, with main gradients.
         record: See `replay_layers`.
         data_parallelism: Likewise.
     """
 
     def __init__(
         self,
-        block: TransformerBlock,
+        config: TransformerConfig,
         segments: list[LayerSegment],
         record: Record,
         data_parallelism: DataParallelism,
     ) -> None:
-        self._config = block.config
-        self._knows_no_longest = has_blocks_everywhere(block.config)
+        self._config = config
+        self._knows_no_longest = has_blocks_everywhere(config)
         self._segments = segments
         self._record = record
         self._data_parallelism = data_parallelism
-        parameters = [parameter for segment in segments for parameter in segment.parameters]
+        # Each once, also one that layers share.
+        trained = itertools.chain.from_iterable(segment.parameters for segment in segments)
+        parameters = list(dict.fromkeys(trained))
         # Somebody else's hook would be called in a recording only.
         data_parallelism.leave(parameters)
         self._overwritten = [p for p in parameters if hasattr(p, "overwrites_main_grad")]
