@@ -75,7 +75,7 @@ class ModelConfig:
     cuda_graph_impl: str = flag(
         "auto",
         "Start the kernels of all layers with one call: local (recorded by this process; packs, no "
-        "parallelism but of data), none, auto (local on one GPU, where it can be).",
+        "parallelism but of data), none, auto (local where it can be).",
         choices=("auto", "local", "none"),
     )
     cross_entropy_loss_fusion: bool = flag(True, "Fuse the steps of the cross-entropy.")

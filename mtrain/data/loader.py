@@ -86,8 +86,7 @@ class BatchPlan:
         self._lock = threading.RLock()
         self._planned: dict[int, Units] = {}
         # First unit of epoch 0, 1, ... in the stream; grows when a step asks for more.
-        self._epoch_size = len(self.units(0))
-        self._first_units = [0, self._epoch_size]
+        self._first_units = [0, len(self.units(0))]
 
     def units(self, epoch: int) -> Units:
         """The units of an epoch, in order; the last two epochs asked for are kept."""
@@ -194,7 +193,8 @@ class BatchPlan:
             while len(self._first_units) <= epoch:
                 # Only the sequential strategy on a shuffled order gives epochs of different sizes.
                 varies = self._packing_length is not None and self._packing_strategy == "sequential"
-                size = len(self.units(len(self._first_units) - 1)) if varies else self._epoch_size
+                last = len(self._first_units) - 1
+                size = len(self.units(last)) if varies else self._first_units[1]
                 self._first_units.append(self._first_units[-1] + size)
             return self._first_units[epoch]
 

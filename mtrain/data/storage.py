@@ -127,15 +127,15 @@ class TokenizedDataset:
         path = folder / _FILE_NAME
         if not path.is_file():
             raise ValueError(f"{folder}: no prepared data ({_FILE_NAME}) here")
-        file = pyarrow.memory_map(str(path)).read_buffer()
-        table = pyarrow.ipc.open_stream(file).read_all()
+        mapped = pyarrow.memory_map(str(path)).read_buffer()
+        table = pyarrow.ipc.open_stream(mapped).read_all()
         lengths = [_as_numpy(chunk) for chunk in table.column("length").chunks]
         self.lengths: np.ndarray = np.concatenate(lengths or [np.empty(0, np.int32)])
         self._places = table.column("place")
         # Everything is found by its place in the file: samples of a batch lie in many chunks.
-        self._file = np.frombuffer(file, dtype=np.int32)
-        self._input_ids = _Lists(table.column("input_ids"), file)
-        self._labels = _Lists(table.column("labels"), file)
+        self._file = np.frombuffer(mapped, dtype=np.int32)
+        self._input_ids = _Lists(table.column("input_ids"), self._file)
+        self._labels = _Lists(table.column("labels"), self._file)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -152,8 +152,7 @@ class TokenizedDataset:
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"samples {indices.min()} to {indices.max()} of {len(self)}")
         lengths = self.lengths[indices]
-        ids = self._input_ids.starts(indices, self._file)
-        labels = self._labels.starts(indices, self._file)
+        ids, labels = self._input_ids.starts(indices), self._labels.starts(indices)
         bounds = np.stack([ids, ids + lengths, labels, labels + lengths], axis=1).tolist()
         file = self._file
         return [Sample(file[i:j], file[k:end]) for i, j, k, end in bounds]
@@ -168,31 +167,34 @@ class _Lists:
 
     Args:
         column: Lists of int32, in chunks.
-        file: Mapped; places in it are counted in values of four bytes.
+        file: int32, all of it; places in it are counted in values.
     """
 
-    def __init__(self, column: pyarrow.ChunkedArray, file: pyarrow.Buffer) -> None:
+    def __init__(self, column: pyarrow.ChunkedArray, file: np.ndarray) -> None:
         chunks = column.chunks
+        first_address = file.ctypes.data
 
         def places(arrays: list[pyarrow.Array]) -> np.ndarray:
-            addresses = [array.buffers()[1].address for array in arrays]
-            offsets = [array.offset for array in arrays]
-            return (np.array(addresses, np.int64) - file.address) // 4 + np.array(offsets, np.int64)
+            found = [
+                (array.buffers()[1].address - first_address) // file.itemsize + array.offset
+                for array in arrays
+            ]
+            return np.array(found, dtype=np.int64)
 
+        self._file = file
         self._first_rows = np.cumsum([0, *map(len, chunks)])
         self._offsets = places([chunk.offsets for chunk in chunks])
         self._values = places([chunk.values for chunk in chunks])
 
-    def starts(self, rows: np.ndarray, file: np.ndarray) -> np.ndarray:
+    def starts(self, rows: np.ndarray) -> np.ndarray:
         """Where lists begin in the file, int64 [num_rows].
 
         Args:
             rows: Numbers of lists, int64 [num_rows].
-            file: int32, all of it.
         """
         chunk = np.searchsorted(self._first_rows, rows, side="right") - 1
         offsets = self._offsets[chunk] + rows - self._first_rows[chunk]
-        return self._values[chunk] + file[offsets]
+        return self._values[chunk] + self._file[offsets]
 
 
 def _as_numpy(array: pyarrow.Array) -> np.ndarray:

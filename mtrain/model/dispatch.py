@@ -170,10 +170,10 @@ class ExpertLayer(MoELayer):
         # As Megatron-Core does where none are given.
         groups = pg_collection or get_default_pg_collection()
         super().__init__(config, *args, pg_collection=groups, **kwargs)
-        self.sorts_by_kernel = config.moe_permute_fusion
-        if _can_stay(config, num_ranks=groups.tp_ep.size()):
+        stays = _can_stay(config, num_ranks=groups.tp_ep.size())
+        if stays:
             self.token_dispatcher = LocalTokenDispatcher(config, groups)
-            self.sorts_by_kernel = False
+        self.sorts_by_kernel = config.moe_permute_fusion and not stays
 
     def preprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor

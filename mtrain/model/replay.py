@@ -37,7 +37,7 @@ from mtrain.platform.weight_gradients import add_gradient, stand_in_gradient
 __all__ = ["replay_layers", "why_not_replayed"]
 
 _BALANCE_LOSSES = {"aux_loss", "seq_aux_loss", "none"}
-# As many layers as have begun when gradients of the first of them may be sent.
+# Gradients of a segment are sent when all its layers have theirs.
 _SEGMENT_LENGTH = 4
 
 
